@@ -1,0 +1,155 @@
+"""One checkpoint folder into another: Hugging Face or ours in, ours or Hugging Face out."""
+
+import dataclasses
+import glob
+import json
+import math
+import os
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import psutil
+from tqdm import tqdm
+
+from convert.writer import HuggingFaceWriter
+from twotower_jax import checkpoint, sources, two_tower
+from twotower_jax.config import BACKBONE_ARCHITECTURE, TWO_TOWER_ARCHITECTURE
+from twotower_jax.errors import InputError
+from twotower_jax.parameters import Parameter, flatten, initialize
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """What was made: its folder, whether it holds two towers, how many parameters."""
+
+    target: Path
+    two_towers: bool
+    parameters: int
+
+
+def convert(source: str | Path, target: str | Path, *, two_towers: bool = False, hf: bool = False) -> Conversion:
+    """Converts a checkpoint, parameter by parameter.
+
+    Host memory stays near the largest parameter's (a layer's stacked experts). The result is written beside `target`
+    under another name and renamed when it is whole.
+
+    Args:
+      source: a folder in NVIDIA's TwoTower or backbone layout, a folder that this function wrote, a shipped model's
+        name or a Hugging Face id.
+      target: the folder to make; must not exist.
+      two_towers: make a TwoTower of a backbone: both towers copies of it, time conditioning at identity.
+      hf: write NVIDIA's layout (safetensors) instead of ours (Orbax).
+
+    Raises:
+      InputError: something about the source or the target is wrong; a line each. Nothing was written.
+    """
+    target = sources.user_path(target)
+    if target.exists():
+        raise InputError(f"{target} exists; give a folder that does not")
+    opened = sources.open_folder(sources.locate(source))
+    if two_towers and opened.two_towers:
+        raise InputError(f"{source} holds two towers already; --two-towers is for a backbone")
+    result = _Result(opened, two_towers)
+
+    unfinished = _fresh_folder(target)
+    try:
+        writer = HuggingFaceWriter if hf else checkpoint.Writer
+        _write(result, writer(unfinished, result.two_towers, result.odd_dtypes()))
+        for name in sources.TOKENIZER_FILES:
+            if (opened.folder / name).is_file():
+                shutil.copyfile(opened.folder / name, unfinished / name)
+        text = json.dumps(result.raw_config, indent=1)
+        (unfinished / "config.json").write_text(text + "\n", encoding="utf-8")
+        _publish(unfinished, target)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return Conversion(target, result.two_towers, result.parameters)
+
+
+def _fresh_folder(target: Path) -> Path:
+    """A folder beside `target` that is this process's own; those of processes that were killed are removed."""
+    prefix, suffix = f".{target.name}.{platform.node()}-", ".incomplete"
+    for left in target.parent.glob(f"{glob.escape(prefix)}*{suffix}"):
+        process = left.name.removeprefix(prefix).removesuffix(suffix)
+        if process.isdigit() and not psutil.pid_exists(int(process)):
+            shutil.rmtree(left, ignore_errors=True)
+    folder = target.with_name(f"{prefix}{os.getpid()}{suffix}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir()
+    except OSError as error:
+        raise InputError(f"cannot write beside {target}: {error.strerror}") from None
+    return folder
+
+
+def _publish(folder: Path, target: Path) -> None:
+    try:
+        folder.rename(target)
+    except OSError as error:
+        raise InputError(f"{target} appeared meanwhile, so this conversion was dropped: {error.strerror}") from None
+
+
+class _Result:
+    """What is to be written: the source, or the TwoTower that a backbone becomes."""
+
+    def __init__(self, source: Any, widen: bool):
+        self.source, self.widen = source, widen
+        self.two_towers: bool = source.two_towers or widen
+        self.description: dict[tuple[str, ...], Parameter] = dict(
+            flatten(two_tower.describe(source.config, self.two_towers))
+        )
+        self.raw_config = dict(source.raw_config)
+        self.raw_config["architectures"] = [TWO_TOWER_ARCHITECTURE if self.two_towers else BACKBONE_ARCHITECTURE]
+        if widen:  # NVIDIA's TwoTower code reads the older form of a config alone
+            self.raw_config["hybrid_override_pattern"] = source.config.pattern
+            self.raw_config["num_hidden_layers"] = len(source.config.pattern)
+            self.raw_config["time_step_limit"] = list(source.config.time_step_limit)
+            for newer in ("layers_block_type", "layer_types"):
+                self.raw_config.pop(newer, None)
+
+    @property
+    def parameters(self) -> int:
+        config = self.source.config
+        return sum(math.prod(config.shape(p.axes)) for p in self.description.values())
+
+    def _origin(self, path: tuple[str, ...]) -> tuple[str, ...]:
+        """Where the source keeps what becomes `path`."""
+        return ("context", *path[1:]) if self.widen else path
+
+    def _fresh(self, path: tuple[str, ...]) -> bool:
+        return self.widen and path[:2] == ("denoiser", "time")
+
+    def read(self, path: tuple[str, ...]) -> np.ndarray:
+        if self._fresh(path):
+            return np.asarray(self._time_conditioning()[path[-1]])
+        return self.source.read(self._origin(path))
+
+    def _time_conditioning(self) -> dict[str, jax.Array]:
+        description = two_tower.describe(self.source.config, True)["denoiser"]["time"]
+        dtype = self.source.dtype(("context", "tower", "embeddings"))
+        return initialize(description, self.source.config, jax.random.key(0), dtype)
+
+    def odd_dtypes(self) -> dict[str, str]:
+        """The source's, under the names that its tensors have in the result."""
+        odd = self.source.odd_dtypes
+        if not self.widen:
+            return odd
+        return {
+            tower + name.removeprefix("backbone."): dtype
+            for name, dtype in odd.items()
+            for tower in ("context_tower.", "denoiser_tower.")
+        }
+
+
+def _write(result: _Result, writer: Any) -> None:
+    with tqdm(total=result.parameters, unit="parameters", unit_scale=True, disable=None) as bar:
+        for path, parameter in result.description.items():
+            bar.set_postfix_str("/".join(path))
+            value = result.read(path)
+            writer.add(path, parameter, value)
+            bar.update(value.size)
+    writer.finish()

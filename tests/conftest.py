@@ -1,0 +1,90 @@
+"""Golden checkpoints and what NVIDIA's reference printed for them (see tests/data/README.md)."""
+
+import functools
+import gc
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import twotower_jax as tt
+
+DATA = Path(__file__).parent / "data"
+
+
+@functools.cache
+def load(name: str, dtype: str = "float32") -> tt.Model:
+    """A golden checkpoint, or a shipped model."""
+    return tt.load(DATA / name if (DATA / name).is_dir() else name, dtype=dtype)
+
+
+class Golden:
+    """A golden checkpoint with its numbers: `golden["context/row0/logits"]`, `golden.prompt(0)`, `golden.model`."""
+
+    rows = range(4)
+
+    def __init__(self, name: str):
+        self.name = name
+        self.model_folder = DATA / name
+        self.model = load(name)
+        self._arrays = np.load(DATA / name / "golden.npz")
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        return self._arrays[key]
+
+    @property
+    def names(self) -> list[str]:
+        return self._arrays.files
+
+    def prompt(self, row: int) -> np.ndarray:
+        return self[f"prompt/row{row}"]
+
+    @property
+    def prompts(self) -> list[np.ndarray]:
+        return [self.prompt(row) for row in self.rows]
+
+
+golden_of = functools.cache(Golden)
+
+
+@pytest.fixture(params=["tiny-0", "grouped-0"])
+def golden(request) -> Golden:
+    """Each golden TwoTower."""
+    return golden_of(request.param)
+
+
+@pytest.fixture
+def tiny() -> Golden:
+    return golden_of("tiny-0")
+
+
+@pytest.fixture
+def demo() -> tt.Model:
+    return load("demo")
+
+
+@pytest.fixture(scope="session")
+def demo_prompts() -> list[dict]:
+    return json.loads((DATA / "demo_prompts.json").read_text())
+
+
+def demo_ids(text: str) -> list[int]:
+    """The demo's tokenizer: a byte plus 4."""
+    return [byte + 4 for byte in text.encode()]
+
+
+def largest_difference(a, b) -> float:
+    """Over all leaves of two trees of the same structure."""
+    return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(np.abs(np.asarray(x) - np.asarray(y)).max()), a, b)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fresh_programs():
+    """Lets go of compiled programs after each file; with those of the whole suite alive XLA's CPU compiler crashed."""
+    yield
+    load.cache_clear()
+    golden_of.cache_clear()
+    jax.clear_caches()
+    gc.collect()

@@ -1,0 +1,64 @@
+"""Routing against a plain loop; the two ways of running the experts."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import golden_of
+
+from twotower_jax.layers import moe
+
+
+@pytest.fixture
+def config():
+    return golden_of("grouped-0").model.config
+
+
+def plain_route(scores, correction, c):
+    """Experts and weights of one token, by the definition."""
+    biased = scores + correction
+    size = c.experts // c.expert_groups
+    groups = [biased[g * size : (g + 1) * size] for g in range(c.expert_groups)]
+    kept = sorted(range(c.expert_groups), key=lambda g: -np.sort(groups[g])[-2:].sum())[: c.expert_groups_kept]
+    limited = [biased[e] if e // size in kept else 0.0 for e in range(c.experts)]
+    chosen = sorted(range(c.experts), key=lambda e: -limited[e])[: c.experts_per_token]
+    weights = scores[chosen]
+    if c.normalize_weights:
+        weights = weights / (weights.sum() + 1e-20)
+    return chosen, weights * c.routed_scale
+
+
+@pytest.mark.parametrize("kept", [1, 2, 4])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_route_equals_plain_loop(config, kept, normalize):
+    c = dataclasses.replace(config, expert_groups_kept=kept, normalize_weights=normalize)
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((40, c.hidden_size)).astype(np.float32)
+    router = rng.standard_normal((c.hidden_size, c.experts)).astype(np.float32) * 0.1
+    correction = rng.standard_normal(c.experts).astype(np.float32) * 0.3  # some biased scores are negative
+    experts, weights = moe.route(*map(jnp.asarray, (x, router, correction)), c)
+    for token in range(len(x)):
+        chosen, expected = plain_route(1 / (1 + np.exp(-(x[token] @ router))), correction, c)
+        assert experts[token].tolist() == chosen
+        np.testing.assert_allclose(weights[token], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 16, moe.TOKENS_AT_ONCE, moe.TOKENS_AT_ONCE + 1, 2000])
+def test_every_chosen_expert_answers(tokens):
+    """Every implementation (the number of tokens chooses it) is the plain sum; most tokens choose the same expert."""
+    rng = np.random.default_rng(tokens)
+    total, chosen, width, inner = 12, 2, 8, 6
+    x, up, down = (
+        rng.standard_normal(shape).astype(np.float32)
+        for shape in ((tokens, width), (total, width, inner), (total, inner, width))
+    )
+    experts = np.stack([np.full(tokens, 7), rng.integers(8, total, tokens)], axis=1)
+    experts[::5] = [3, 1]
+    weights = rng.random((tokens, chosen)).astype(np.float32)
+    expected = np.zeros_like(x)
+    for token in range(tokens):
+        for e, weight in zip(experts[token], weights[token], strict=True):
+            expected[token] += weight * (np.maximum(x[token] @ up[e], 0) ** 2 @ down[e])
+    y = moe.routed(*map(jnp.asarray, (x, experts, weights, up, down)))
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())

@@ -1,0 +1,218 @@
+"""The command: `twotower generate | convert`."""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+
+from twotower_jax.errors import InputError
+
+MODES = ("diffusion", "ar", "mock-ar")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns 0, 1 if a row or the output failed, 2 for bad input, 130 when interrupted."""
+    args = _parser().parse_args(argv)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # leaves as tidily as Ctrl-C does
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without Unicode
+    try:
+        status = args.run(args)
+        sys.stdout.flush()
+        return status
+    except InputError as error:
+        for line in str(error).splitlines():
+            print(f"twotower: {line}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):  # `| head` wants no more
+            print(f"twotower: {error}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered
+        return 1
+    except KeyboardInterrupt:
+        print("twotower: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="twotower", description="Nemotron-TwoTower in JAX.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_generate(commands.add_parser("generate", help="write text", description=_generate.__doc__))
+    _add_convert(commands.add_parser("convert", help="convert a checkpoint", description=_convert.__doc__))
+    return parser
+
+
+class _Prompt(argparse.Action):
+    """Collects prompts of all kinds in the order given, as (kind, value)."""
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        namespace.prompts = [*(namespace.prompts or []), (self.dest, value)]
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_generate, prompts=None)
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a folder, a shipped model (demo) or a Hugging Face id")
+    once = {"action": _Prompt, "default": argparse.SUPPRESS}
+    add("--prompt", **once, metavar="TEXT", help="a prompt; every --prompt, --prompt-file and --ids is a row")
+    add("--prompt-file", **once, metavar="FILE", help="a file that is one prompt, but for a last newline; - is stdin")
+    add("--ids", **once, metavar="IDS", help="a prompt as token ids: 5,7,9")
+    add("--mode", choices=MODES, default="diffusion")
+    add("--dtype", default="bfloat16", help="bfloat16 (default) or float32")
+    add("--max-new-tokens", type=int, default=128, metavar="N", help="new tokens a row (128)")
+    add(
+        "--eos-token-id",
+        type=id_or_none,
+        action="append",
+        metavar="ID",
+        help="id that ends a row, or none (config.json's)",
+    )
+    add("--temperature", type=float, default=0.0, help="0 (default) is greedy")
+    add("--top-k", type=int, metavar="K", help="draw from the K most probable tokens")
+    add("--seed", type=int, default=0, help="of the random draws (0)")
+    add("--top-p", type=float, metavar="P", help="ar, mock-ar: draw from the nucleus of mass P")
+    add("--block-size", type=int, metavar="S", help="diffusion: positions denoised together (16)")
+    add("--steps-per-block", type=int, metavar="T", help="diffusion: most denoiser passes a block (16)")
+    add("--confidence-threshold", type=float, metavar="GAMMA", help="diffusion: commit predictions above it (0.8)")
+    add("--mask-token-id", type=int, metavar="ID", help="diffusion: the id of [MASK] (3)")
+    _add_json(parser)
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_convert)
+    add = parser.add_argument
+    add("source", metavar="SRC", help="a folder (NVIDIA's layout, a backbone or a converted one) or a Hugging Face id")
+    add("target", metavar="DST", help="the folder to make")
+    add("--two-towers", action="store_true", help="make two towers of a backbone, ready to train")
+    add("--to-hf", action="store_true", help="write NVIDIA's layout (safetensors) instead of ours (Orbax)")
+    _add_json(parser)
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def id_or_none(text: str) -> int | None:
+    return None if text == "none" else int(text)
+
+
+def _convert(args: argparse.Namespace) -> int:
+    """Convert a checkpoint: Hugging Face's layouts to ours, or back."""
+    from convert import convert
+
+    start = time.perf_counter()
+    made = convert(args.source, args.target, two_towers=args.two_towers, hf=args.to_hf)
+    seconds = time.perf_counter() - start
+    if args.json:
+        result = {"target": str(made.target), "two_towers": made.two_towers, "parameters": made.parameters}
+        print(json.dumps(result | {"format": "huggingface" if args.to_hf else "orbax", "seconds": seconds}))
+    else:
+        kind = "two towers" if made.two_towers else "a backbone"
+        print(f"wrote {made.target}: {kind}, {made.parameters:,} parameters, {seconds:.1f} s")
+    return 0
+
+
+def _generate(args: argparse.Namespace) -> int:
+    """Generate text by mask diffusion, by the context tower alone (ar) or by the denoiser token by token (mock-ar)."""
+    import twotower_jax as tt
+    from twotower_jax import sources
+    from twotower_jax.tokenizer import load_tokenizer
+
+    options = _decoding_options(args)
+    folder = sources.locate(args.model)
+    tokenizer = load_tokenizer(folder)
+    prompts = [_encode(kind, value, tokenizer, args.model) for kind, value in args.prompts or []]
+    if not prompts:
+        raise InputError("give a prompt: --prompt TEXT, --prompt-file FILE or --ids 5,7,9")
+    model = tt.load(folder, dtype=args.dtype)
+    eos = model.config.eos_token_ids if args.eos_token_id is None else [i for i in args.eos_token_id if i is not None]
+    generate = {
+        "diffusion": model.generate_mask_diffusion,
+        "ar": model.generate_ar,
+        "mock-ar": model.generate_mock_ar,
+    }[args.mode]
+    result = generate(prompts, eos_token_id=eos, **options)
+
+    def text(ids: Sequence[int]) -> str | None:
+        return None if tokenizer is None else tokenizer.decode([i for i in ids if i not in eos])
+
+    rows = [
+        {
+            "prompt": value if kind == "prompt" else text(ids),
+            "text": text(tokens),
+            "prompt_tokens": len(ids),
+            "tokens": tokens,
+            "forwards": forwards,
+            "tokens_per_forward": len(tokens) / forwards if forwards else None,
+            "error": error,
+        }
+        for (kind, value), ids, tokens, forwards, error in zip(
+            args.prompts, prompts, result.tokens, result.forwards, result.errors, strict=True
+        )
+    ]
+    if args.json:
+        times = {"seconds": result.seconds, "compile_seconds": result.compile_seconds}
+        print(json.dumps({"model": args.model, "mode": args.mode, "dtype": args.dtype, "rows": rows} | times))
+    else:
+        for row in rows:
+            _print_row(row)
+        print(f"{result.seconds:.2f} s, and {result.compile_seconds:.1f} s to compile")
+    return 1 if any(result.errors) else 0
+
+
+def _decoding_options(args: argparse.Namespace) -> dict:
+    """The options that were given, if they are of the mode."""
+    options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "seed": args.seed}
+    diffusion = ("block_size", "steps_per_block", "confidence_threshold", "mask_token_id")
+    for name in ("top_k", "top_p", *diffusion):
+        if (value := getattr(args, name)) is None:
+            continue
+        if (name in diffusion) != (args.mode == "diffusion") and name != "top_k":
+            raise InputError(f"--{name.replace('_', '-')} is no option of --mode {args.mode}")
+        options[name] = value
+    return options
+
+
+def _encode(kind: str, value: str, tokenizer, model: str) -> list[int]:
+    """A prompt's token ids."""
+    if kind == "ids":
+        try:
+            return [int(part) for part in value.replace(",", " ").split()]
+        except ValueError:
+            raise InputError(f"--ids takes whole numbers such as 5,7,9, not {value!r}") from None
+    if tokenizer is None:
+        raise InputError(f"{model} has no tokenizer.json, so give the prompt as token ids: --ids 5,7,9")
+    if kind == "prompt_file":
+        value = _read(value).removesuffix("\n")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"the prompt is not text in this terminal's encoding: {error.reason}") from None
+    return tokenizer.encode(value).ids
+
+
+def _read(file: str) -> str:
+    try:
+        if file == "-":
+            return sys.stdin.read()
+        with open(file, encoding="utf-8") as handle:
+            return handle.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {file}: {error}") from None
+
+
+def _print_row(row: dict) -> None:
+    count, forwards = len(row["tokens"]), row["forwards"]
+    print(" ".join(map(str, row["tokens"])) if row["text"] is None else row["prompt"] + row["text"])
+    rate = "" if row["tokens_per_forward"] is None else f", {row['tokens_per_forward']:.2f} tokens per forward"
+    print(f"[{count} tokens, {forwards} forwards{rate}]")
+    if row["error"]:
+        print(f"[{row['error']}]")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

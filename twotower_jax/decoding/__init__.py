@@ -1,0 +1,5 @@
+"""Pure decoding rules and the loops that apply them, each jitted as a whole by `model`.
+
+Rules are frozen dataclasses that are pytrees: numbers that a sweep changes are traced, so that no program is compiled
+for each value of a threshold.
+"""

@@ -1,0 +1,112 @@
+"""Checks of what a caller gives; each failure is one clear line."""
+
+import math
+import numbers
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from twotower_jax.errors import InputError
+
+DTYPES = {"float32": jnp.dtype(jnp.float32), "bfloat16": jnp.dtype(jnp.bfloat16)}
+
+
+def dtype(value: Any) -> jnp.dtype:
+    """The dtype of a model's weights and activations."""
+    name = value if isinstance(value, str) else getattr(value, "__name__", None) or getattr(value, "name", repr(value))
+    if name not in DTYPES:
+        raise InputError(f"dtype {name!r} does not exist here; choose {' or '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """A whole number in [low, high]; numpy's and JAX's scalars will do."""
+    try:
+        number = None if _is_bool(value) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
+        raise InputError(f"{name} must be a whole number, not {_short(value)}")
+    if number < low or (high is not None and number > high):
+        raise InputError(
+            f"{name} must be {f'{low} or more' if high is None else f'from {low} to {high}'}, not {_short(number)}"
+        )
+    return number
+
+
+def number(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> float:
+    """A finite number in [low, high], or (low, high]; numpy's and JAX's scalars will do."""
+    try:
+        number = math.nan if _is_bool(value) or isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not low <= number <= high or (open_low and number == low):
+        least = f"above {low:g}" if open_low else f"{low:g} or more"
+        raise InputError(f"{name} must be a number, {least} and at most {high:g}, not {_short(value)}")
+    return number
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool) or getattr(value, "dtype", None) == np.bool_
+
+
+def _short(value: Any) -> str:
+    """`repr`, cut to what a line can hold."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to print an integer of thousands of digits
+        text = "a number of thousands of digits"
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def token_ids(where: str, ids: Any, vocab_size: int) -> np.ndarray:
+    """One non-empty sequence of token ids, (L,) int32."""
+    if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
+        raise InputError(f"{where} must be a list of token ids, not {_short(ids)}")
+    try:
+        array = np.asarray(ids if hasattr(ids, "__array__") else list(ids))
+    except ValueError:  # a ragged list
+        raise InputError(f"{where} must be a flat list of whole numbers, not a nested one") from None
+    if array.size == 0:
+        raise InputError(f"{where} is empty; a prompt needs one token or more")
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise InputError(f"{where} must be a flat list of whole numbers, not an array of {array.dtype} {array.shape}")
+    outside = (array < 0) | (array >= vocab_size)
+    if outside.any():
+        at = int(outside.argmax())
+        raise InputError(f"{where} has id {array[at]} at position {at}; ids go from 0 to {vocab_size - 1}")
+    return array.astype(np.int32)
+
+
+def prompts(value: Any, vocab_size: int) -> list[np.ndarray]:
+    """A list of token-id lists of any lengths."""
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        raise InputError(f"prompts must be a list of token-id lists, not {_short(value)}")
+    value = list(value)
+    if value and all(isinstance(item, numbers.Integral) or getattr(item, "ndim", 1) == 0 for item in value):
+        raise InputError("prompts must be a list of token-id lists; for one prompt give [ids]")
+    return [token_ids(f"prompt {i}", ids, vocab_size) for i, ids in enumerate(value)]
+
+
+def row_numbers(value: Sequence[int] | None, count: int) -> np.ndarray:
+    """The numbers that rows' random keys come from, (B,) int32: 0, 1, 2... unless given."""
+    if value is None:
+        return np.arange(count, dtype=np.int32)
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        raise InputError(f"rows must be a list of whole numbers, not {_short(value)}")
+    rows = [whole("a row's number", row, 0, 2**31 - 1) for row in value]
+    if len(rows) != count:
+        raise InputError(f"rows must have a number for each of {count} prompts, not {len(rows)}")
+    return np.asarray(rows, np.int32)
+
+
+def stop_ids(value: Any, vocab_size: int) -> np.ndarray:
+    """No, one or several ids that end a row, (n,) int32."""
+    if value is None:
+        return np.zeros(0, np.int32)
+    several = isinstance(value, Iterable) and not isinstance(value, str | bytes) and getattr(value, "ndim", 1) == 1
+    ids = list(value) if several else [value]
+    return np.asarray([whole("eos_token_id", i, 0, vocab_size - 1) for i in ids], np.int32)

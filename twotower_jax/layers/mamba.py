@@ -1,0 +1,89 @@
+"""The Mamba-2 mixer: projection, causal convolution, selective scan, gated norm."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from twotower_jax.config import Config
+from twotower_jax.layers.linear import einsum
+from twotower_jax.layers.norm import rms_norm
+from twotower_jax.layers.ssm import selective_scan
+from twotower_jax.parameters import Parameter, declare, linear, normal
+from twotower_jax.state import MambaState, Span
+
+
+def describe(c: Config) -> dict[str, Parameter]:
+    weights = normal(c.initializer_range)
+
+    def a_log(key, shape, dtype=jnp.float32):
+        return jnp.log(jnp.arange(1, shape[0] + 1, dtype=dtype))
+
+    def dt_bias(key, shape, dtype=jnp.float32):
+        """The inverse softplus of a dt drawn log-uniformly."""
+        smallest, largest, floor = c.time_step_init
+        low, high = jnp.log(smallest), jnp.log(largest)
+        dt = jnp.maximum(jnp.exp(jax.random.uniform(key, shape, dtype, low, high)), floor)
+        return dt + jnp.log(-jnp.expm1(-dt))
+
+    description = {
+        "in_proj": linear("hidden", "mamba_in", "in_proj.weight", weights),
+        "conv_weight": Parameter(("conv_taps", "conv_channels"), "conv1d.weight", "conv", weights),
+        "dt_bias": Parameter(("mamba_heads",), "dt_bias", init=dt_bias, float32=True),
+        "a_log": Parameter(("mamba_heads",), "A_log", init=a_log, float32=True),
+        "skip": Parameter(("mamba_heads",), "D", float32=True),
+        "norm": Parameter(("mamba_inner",), "norm.weight"),
+        "out_proj": linear("mamba_inner", "hidden", "out_proj.weight", weights),
+    }
+    if c.conv_bias:
+        description["conv_bias"] = Parameter(("conv_channels",), "conv1d.bias", init=nn.initializers.zeros)
+    return description
+
+
+def causal_conv(x: jax.Array, tail: jax.Array, weight: jax.Array, bias: jax.Array | None, count: jax.Array):
+    """Depthwise causal convolution, summed in float32.
+
+    Args:
+      x: (B, L, C) raw inputs.
+      tail: (B, K - 1, C), the raw inputs before them.
+      weight: (K, C), the newest tap last.
+      bias: (C,) or None.
+      count: (B,) int32, the real positions of x.
+
+    Returns:
+      (B, L, C) in float32, and the tail after the last real position.
+    """
+    length, taps = x.shape[1], weight.shape[0]
+    inputs = jnp.concatenate([tail, x], axis=1)
+    y = sum(inputs[:, k : k + length].astype(jnp.float32) * weight[k].astype(jnp.float32) for k in range(taps))
+    if bias is not None:
+        y += bias.astype(jnp.float32)
+    newest = count[:, None] + jnp.arange(taps - 1)
+    return y, jnp.take_along_axis(inputs, newest[..., None], axis=1)
+
+
+class Mamba(nn.Module):
+    """x (B, L, D), MambaState, Span -> y (B, L, D), MambaState. Causal, whatever the span says."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, x: jax.Array, state: MambaState, span: Span) -> tuple[jax.Array, MambaState]:
+        c, p = self.config, declare(self, describe(self.config), self.config)
+        rows, length = x.shape[:2]
+        z, xbc, dt = jnp.split(
+            einsum("bld,de->ble", x, p["in_proj"]), [c.mamba_width, c.mamba_width + c.conv_channels], axis=-1
+        )
+        xbc, tail = causal_conv(xbc, state.conv, p["conv_weight"], p.get("conv_bias"), span.count)
+        values, b, keys = jnp.split(
+            nn.silu(xbc), [c.mamba_width, c.mamba_width + c.mamba_groups * c.state_size], axis=-1
+        )
+        values = values.reshape(rows, length, c.mamba_heads, c.mamba_head_dim)
+        b, keys = (z_.reshape(rows, length, c.mamba_groups, c.state_size) for z_ in (b, keys))
+        dt = jnp.clip(jax.nn.softplus(dt.astype(jnp.float32) + p["dt_bias"]), *c.time_step_limit)
+        real = jnp.arange(length) < span.count[:, None]
+        dt = jnp.where(real[..., None], dt, 0.0)
+        y, ssm = selective_scan(values, dt, -jnp.exp(p["a_log"]), b, keys, state.ssm, c.chunk_size)
+        y = (y + p["skip"][:, None] * values).reshape(rows, length, c.mamba_width)
+        y = rms_norm(y * nn.silu(z.astype(jnp.float32)), p["norm"], c.norm_eps, groups=c.mamba_groups)
+        y = einsum("ble,ed->bld", y.astype(x.dtype), p["out_proj"])
+        return y, MambaState(conv=tail, ssm=ssm)

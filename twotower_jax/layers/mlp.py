@@ -1,0 +1,38 @@
+"""The dense MLP: down(relu(up(x))^2)."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from twotower_jax.config import Config
+from twotower_jax.layers.linear import einsum
+from twotower_jax.parameters import Parameter, declare, linear, normal
+from twotower_jax.state import Span
+
+
+def describe(c: Config, width: str = "mlp_width") -> dict[str, Parameter]:
+    weights = normal(c.initializer_range)
+    return {
+        "up": linear("hidden", width, "up_proj.weight", weights),
+        "down": linear(width, "hidden", "down_proj.weight", weights),
+    }
+
+
+def relu2(x: jax.Array) -> jax.Array:
+    return jnp.square(nn.relu(x))
+
+
+def mlp(x: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
+    """x (..., D), up (D, F), down (F, D) -> (..., D)."""
+    return einsum("...f,fd->...d", relu2(einsum("...d,df->...f", x, up)), down)
+
+
+class MLP(nn.Module):
+    """x (B, L, D), None, Span -> y (B, L, D), None."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, x: jax.Array, state: None, span: Span) -> tuple[jax.Array, None]:
+        p = declare(self, describe(self.config), self.config)
+        return mlp(x, p["up"], p["down"]), None

@@ -1,0 +1,84 @@
+"""The description of a parameter: where its shape, initial value, dtype and Hugging Face name come from."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from twotower_jax.config import Config
+
+Initializer = Callable[..., jax.Array]
+normal = nn.initializers.normal
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """One array of the model.
+
+    Attributes:
+      axes: a logical name for each axis; `Config.shape` gives their sizes, `placement` will give their mesh axes.
+      hf: the Hugging Face tensor that holds it; with `{}` one tensor for each index of the first axis.
+      layout: how a Hugging Face tensor lies: `same`; `linear`, (out, in) there and (in, out) here; `conv`, (C, 1, K)
+        there and (K, C) here.
+      init: initialiser, called with (key, shape, dtype).
+      float32: kept in float32 whatever the dtype of the model.
+    """
+
+    axes: tuple[str, ...]
+    hf: str
+    layout: Literal["same", "linear", "conv"] = "same"
+    init: Initializer = nn.initializers.ones
+    float32: bool = False
+
+    @property
+    def stacked(self) -> bool:
+        return "{}" in self.hf
+
+
+def linear(inputs: str, outputs: str, hf: str, init: Initializer, **kwargs: Any) -> Parameter:
+    """A matrix (in, out) without bias."""
+    return Parameter((inputs, outputs), hf, "linear", init, **kwargs)
+
+
+def declare(module: nn.Module, description: Mapping[str, Parameter], config: Config) -> dict[str, jax.Array]:
+    """Declares the parameters of a Linen module and returns them by name."""
+    return {name: module.param(name, p.init, config.shape(p.axes)) for name, p in description.items()}
+
+
+def prefixed(prefix: str, tree: Any) -> Any:
+    """The description with `prefix` before every Hugging Face name."""
+    return jax.tree.map(lambda p: dataclasses.replace(p, hf=prefix + p.hf), tree)
+
+
+def flatten(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Leaves of a nested dict with their paths, in the dict's order."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, (*path, name))
+        else:
+            yield (*path, name), value
+
+
+def unflatten(leaves: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+    """The inverse of `flatten`."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        node = tree
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        node[path[-1]] = leaf
+    return tree
+
+
+def initialize(description: Any, config: Config, key: jax.Array, dtype: jnp.dtype) -> Any:
+    """Fresh parameters for a description; each depends on `key` and its place in the tree."""
+
+    def one(index: int, p: Parameter) -> jax.Array:
+        value = p.init(jax.random.fold_in(key, index), config.shape(p.axes), jnp.float32)
+        return value.astype(jnp.float32 if p.float32 else dtype)
+
+    leaves, structure = jax.tree.flatten(description)
+    return jax.tree.unflatten(structure, [one(index, p) for index, p in enumerate(leaves)])

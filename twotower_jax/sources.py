@@ -1,0 +1,75 @@
+"""Where a model is: a folder, a model that ships with the package, or a Hugging Face id."""
+
+import re
+from pathlib import Path
+
+from twotower_jax import checkpoint
+from twotower_jax.errors import InputError
+
+SHIPPED = Path(__file__).parent / "models"
+
+# What a model folder holds beside its weights and config.json; goes along when it is converted.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+def shipped() -> list[str]:
+    """Names of the models that come with the package."""
+    return sorted(folder.name for folder in SHIPPED.iterdir() if (folder / "config.json").is_file())
+
+
+def user_path(name: str | Path) -> Path:
+    """A path as a user gives it, with `~`."""
+    try:
+        str(name).encode()
+        return Path(name).expanduser()
+    except (RuntimeError, UnicodeEncodeError) as error:
+        raise InputError(f"{str(name)!r} is no path: {error}") from None
+
+
+def locate(model: str | Path) -> Path:
+    """The folder of a model; one that is named by a Hugging Face id is downloaded (or found in the cache).
+
+    Raises:
+      InputError: there is no such folder or model.
+    """
+    folder = user_path(model)
+    if (folder / "config.json").is_file():
+        return folder
+    if str(model) in shipped():
+        return SHIPPED / str(model)
+    if folder.is_dir():
+        raise InputError(f"{model} is no model folder: it has no config.json")
+    if folder.exists():
+        raise InputError(f"{model} is a file; give the folder that holds config.json and the weights")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
+        raise InputError(
+            f"{model} does not exist; give a model folder, a Hugging Face id such as nvidia/NAME, "
+            f"or a shipped model: {', '.join(shipped())}"
+        )
+    return _download(str(model))
+
+
+def _download(name: str) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
+        first = str(error).strip().partition("\n")[0]
+        raise InputError(f"{name} is neither a folder here nor to be had from Hugging Face: {first}") from None
+
+
+def open_folder(folder: Path):
+    """The checked contents of a model folder: a `ConvertedFolder` or a `HuggingFaceFolder`."""
+    from convert.huggingface import HuggingFaceFolder  # the converter stands on this package
+
+    return checkpoint.ConvertedFolder(folder) if checkpoint.is_converted(folder) else HuggingFaceFolder(folder)

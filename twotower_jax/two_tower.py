@@ -1,0 +1,143 @@
+"""Both towers and their heads: what a decoder may ask of the model.
+
+Parameters are {"context": {"tower", "head"}, "denoiser": {"tower", "head", "time"}}; a backbone has "context" alone.
+All functions are pure and may stand inside `jit`, `while_loop` and `scan`.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from twotower_jax import tower
+from twotower_jax.config import Config
+from twotower_jax.layers import time_conditioning
+from twotower_jax.layers.linear import einsum
+from twotower_jax.layers.time_conditioning import TimeConditioning
+from twotower_jax.parameters import linear, normal, prefixed
+from twotower_jax.state import Span, TowerState, empty_state
+from twotower_jax.tower import Tower
+
+PREFILL_TOKENS = 1024  # of all rows, that one pass of the context tower reads: longer prompts need no more memory
+
+
+def describe(c: Config, two_towers: bool) -> dict:
+    """The description of every parameter of a TwoTower or of a backbone, with NVIDIA's names."""
+
+    def one(prefix: str, head: str) -> dict:
+        return {
+            "tower": prefixed(prefix, tower.describe(c)),
+            "head": linear("hidden", "vocab", head, normal(c.initializer_range)),
+        }
+
+    if not two_towers:
+        return {"context": one("backbone.", "lm_head.weight")}
+    return {
+        "context": one("context_tower.", "context_lm_head.weight"),
+        "denoiser": one("denoiser_tower.", "lm_head.weight") | {"time": time_conditioning.describe(c)},
+    }
+
+
+def dtype_of(params: dict) -> jnp.dtype:
+    """The dtype of the model's activations."""
+    return params["context"]["tower"]["embeddings"].dtype
+
+
+def context_head(params: dict, hidden: jax.Array) -> jax.Array:
+    """hidden (..., D) of the context tower -> logits (..., V) float32."""
+    with jax.named_scope("context_head"):
+        return einsum("...d,dv->...v", hidden, params["context"]["head"], out=jnp.float32)
+
+
+def extend(
+    config: Config, params: dict, state: TowerState, tokens: jax.Array, count: jax.Array
+) -> tuple[jax.Array, TowerState]:
+    """The context tower reads more tokens: a prompt's piece, a finished block (the commit), or one token.
+
+    Args:
+      config: dimensions.
+      params: parameters.
+      state: what each row has read.
+      tokens: (B, L) int32.
+      count: (B,) int32, how many of the L tokens are real; with 0 a row stays as it is.
+
+    Returns:
+      hidden states (B, L, D) and the state after.
+    """
+    with jax.named_scope("context_tower"):
+        span = Span(start=state.length, count=count)
+        return Tower(config).apply({"params": params["context"]["tower"]}, tokens, state, span)
+
+
+def _chunks(tokens: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """tokens (B, L) and count (B,) as chunks (n, B, chunk) and each chunk's counts (n, B)."""
+    rows, length = tokens.shape
+    share = max(16, PREFILL_TOKENS // rows)
+    size = min(length, 1 << (share.bit_length() - 1))
+    tokens = jnp.pad(tokens, ((0, 0), (0, -length % size))).reshape(rows, -1, size).swapaxes(0, 1)
+    starts = jnp.arange(tokens.shape[0])[:, None] * size
+    return tokens, jnp.clip(count - starts, 0, size)
+
+
+def prefill(
+    config: Config, params: dict, tokens: jax.Array, count: jax.Array, capacity: int
+) -> tuple[jax.Array, TowerState]:
+    """The context tower reads the prompts: in one pass up to `PREFILL_TOKENS`, in a scan over such passes beyond.
+
+    Args:
+      config: dimensions.
+      params: parameters.
+      tokens: (B, L) int32, padded on the right.
+      count: (B,) int32, the prompts' lengths, 0 or more.
+      capacity: tokens that the state has room for.
+
+    Returns:
+      the hidden state of each row's last token (B, D), zeros where there is none, and the state after the prompts.
+    """
+    rows = tokens.shape[0]
+    # The barrier keeps the compiler from computing attention over the known zeros, slowly, at compile time.
+    state = jax.lax.optimization_barrier(empty_state(config, rows, capacity, dtype_of(params)))
+    last = jnp.zeros((rows, config.hidden_size), dtype_of(params))
+
+    def read(carry, chunk):
+        state, last = carry
+        tokens, count = chunk
+        hidden, state = extend(config, params, state, tokens, count)
+        newest = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
+        return (state, jnp.where(count[:, None] > 0, newest, last)), None
+
+    with jax.named_scope("prefill"):
+        (state, last), _ = jax.lax.scan(read, (state, last), _chunks(tokens, count))
+    return last, state
+
+
+def context_logits(config: Config, params: dict, tokens: jax.Array, count: jax.Array, capacity: int) -> jax.Array:
+    """The context tower's logits at every position: tokens (B, L), count (B,) -> (B, L, V) float32."""
+    state = jax.lax.optimization_barrier(empty_state(config, tokens.shape[0], capacity, dtype_of(params)))  # as above
+
+    def read(state, chunk):
+        hidden, state = extend(config, params, state, *chunk)
+        return state, context_head(params, hidden)
+
+    _, logits = jax.lax.scan(read, state, _chunks(tokens, count))
+    return logits.swapaxes(0, 1).reshape(tokens.shape[0], -1, config.vocab_size)[:, : tokens.shape[1]]
+
+
+def denoise(config: Config, params: dict, state: TowerState, block: jax.Array, t: jax.Array | None) -> jax.Array:
+    """One pass of the denoiser over a block, which sees the whole context and itself; nothing is kept.
+
+    Args:
+      config: dimensions.
+      params: parameters.
+      state: the context tower's, read-only.
+      block: (B, S) int32, masked positions holding the mask id.
+      t: (B,) masked share of each row's block, or None for no time conditioning (mock-AR).
+
+    Returns:
+      logits (B, S, V) float32.
+    """
+    own = params["denoiser"]
+    with jax.named_scope("denoiser_tower"):
+        modulation = None if t is None else TimeConditioning(config).apply({"params": own["time"]}, t)
+        span = Span(start=state.length, count=jnp.full_like(state.length, block.shape[1]), causal=False)
+        hidden, _ = Tower(config).apply({"params": own["tower"]}, block, state, span, modulation)
+    with jax.named_scope("denoiser_head"):
+        return einsum("...d,dv->...v", hidden, own["head"], out=jnp.float32)
