@@ -1,20 +1,18 @@
 """One checkpoint folder into another: Hugging Face or ours in, ours or Hugging Face out."""
 
 import dataclasses
-import glob
+import functools
 import json
 import math
-import os
-import platform
 import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import psutil
 from tqdm import tqdm
 
+from convert.publishing import absent, published
 from convert.writer import HuggingFaceWriter
 from twotower_jax import checkpoint, sources, two_tower
 from twotower_jax.config import BACKBONE_ARCHITECTURE, TWO_TOWER_ARCHITECTURE
@@ -47,50 +45,23 @@ def convert(source: str | Path, target: str | Path, *, two_towers: bool = False,
     Raises:
       InputError: something about the source or the target is wrong; a line each. Nothing was written.
     """
-    target = sources.user_path(target)
-    if target.exists():
-        raise InputError(f"{target} exists; give a folder that does not")
+    target = absent(sources.user_path(target))
     opened = sources.open_folder(sources.locate(source))
     if two_towers and opened.two_towers:
         raise InputError(f"{source} holds two towers already; --two-towers is for a backbone")
     result = _Result(opened, two_towers)
-
-    unfinished = _fresh_folder(target)
-    try:
+    with published(target) as unfinished:
         writer = HuggingFaceWriter if hf else checkpoint.Writer
         _write(result, writer(unfinished, result.two_towers, result.odd_dtypes()))
-        for name in sources.TOKENIZER_FILES:
-            if (opened.folder / name).is_file():
-                shutil.copyfile(opened.folder / name, unfinished / name)
-        text = json.dumps(result.raw_config, indent=1)
-        (unfinished / "config.json").write_text(text + "\n", encoding="utf-8")
-        _publish(unfinished, target)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        try:
+            for name in sources.TOKENIZER_FILES:
+                if (opened.folder / name).is_file():
+                    shutil.copyfile(opened.folder / name, unfinished / name)
+            text = json.dumps(result.raw_config, indent=1)
+            (unfinished / "config.json").write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"cannot write {target}: {error.strerror}") from None
     return Conversion(target, result.two_towers, result.parameters)
-
-
-def _fresh_folder(target: Path) -> Path:
-    """A folder beside `target` that is this process's own; those of processes that were killed are removed."""
-    prefix, suffix = f".{target.name}.{platform.node()}-", ".incomplete"
-    for left in target.parent.glob(f"{glob.escape(prefix)}*{suffix}"):
-        process = left.name.removeprefix(prefix).removesuffix(suffix)
-        if process.isdigit() and not psutil.pid_exists(int(process)):
-            shutil.rmtree(left, ignore_errors=True)
-    folder = target.with_name(f"{prefix}{os.getpid()}{suffix}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir()
-    except OSError as error:
-        raise InputError(f"cannot write beside {target}: {error.strerror}") from None
-    return folder
-
-
-def _publish(folder: Path, target: Path) -> None:
-    try:
-        folder.rename(target)
-    except OSError as error:
-        raise InputError(f"{target} appeared meanwhile, so this conversion was dropped: {error.strerror}") from None
 
 
 class _Result:
@@ -125,9 +96,10 @@ class _Result:
 
     def read(self, path: tuple[str, ...]) -> np.ndarray:
         if self._fresh(path):
-            return np.asarray(self._time_conditioning()[path[-1]])
+            return np.asarray(self._time_conditioning[path[-1]])
         return self.source.read(self._origin(path))
 
+    @functools.cached_property
     def _time_conditioning(self) -> dict[str, jax.Array]:
         description = two_tower.describe(self.source.config, True)["denoiser"]["time"]
         dtype = self.source.dtype(("context", "tower", "embeddings"))

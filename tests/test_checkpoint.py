@@ -1,13 +1,17 @@
-"""A converted folder that is damaged is refused."""
+"""A converted folder gives what was written; one that is damaged is refused."""
 
 import json
 import shutil
 
+import numpy as np
 import pytest
 from conftest import DATA
 
 import twotower_jax as tt
 from convert import convert
+from convert.huggingface import HuggingFaceFolder
+from twotower_jax import checkpoint, two_tower
+from twotower_jax.parameters import flatten
 
 
 @pytest.fixture(scope="module")
@@ -36,22 +40,64 @@ def test_other_layers(copy):
         tt.load(copy)
 
 
+def files(folder) -> list:
+    return [path for path in (folder / "params").rglob("*") if path.is_file()]
+
+
 def test_lost_files(copy):
+    """A line for each, and nothing on the screen beside it."""
+    lost = files(copy)
     shutil.rmtree(copy / "params" / "state")
-    with pytest.raises(tt.InputError, match=r"is no checkpoint that convert wrote|cannot read"):
+    lost = [path for path in lost if not path.exists()]
+    with pytest.raises(tt.InputError) as error:
+        tt.load(copy)
+    assert sorted(str(error.value).splitlines()) == sorted(f"{path} is missing; convert it again" for path in lost)
+
+
+def test_cut_files(copy):
+    for path in files(copy):
+        whole = path.read_bytes()
+        if whole:
+            path.write_bytes(whole[: len(whole) // 2])
+            with pytest.raises(tt.InputError, match=rf"{path.name} is damaged: it has .* bytes, not {len(whole)}"):
+                tt.load(copy)
+            path.write_bytes(whole)
+    tt.load(copy)
+
+
+def test_what_orbax_cannot_read(copy, capfd):
+    """Its many complaints become one line."""
+    (metadata,) = copy.rglob("_METADATA")
+    metadata.write_bytes(b"x" * metadata.stat().st_size)
+    with pytest.raises(tt.InputError, match="params is damaged; convert it again") as error:
+        tt.load(copy)
+    assert "\n" not in str(error.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_no_checkpoint(copy):
+    contents = copy / "checkpoint.json"
+    contents.write_text('{"two_towers": true}')
+    with pytest.raises(tt.InputError, match="must hold two_towers, odd_dtypes, files"):
+        tt.load(copy)
+    contents.unlink()
+    with pytest.raises(tt.InputError, match="no checkpoint that convert finished"):
         tt.load(copy)
 
 
-def test_damaged_data(copy):
-    largest = max((path for path in copy.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
-    with open(largest, "r+b") as handle:
-        handle.truncate(largest.stat().st_size // 2)
-    with pytest.raises(tt.InputError, match="cannot read"):
-        tt.load(copy)
-
-
-def test_empty_parameters(copy):
-    shutil.rmtree(copy / "params")
-    (copy / "params").mkdir()
-    with pytest.raises(tt.InputError, match="is no checkpoint that convert wrote"):
-        tt.load(copy)
+@pytest.mark.parametrize("group", [0, 50_000, 2**27])
+def test_read_in_any_order(converted, monkeypatch, group):
+    """Parameters come as they were written, each in its turn, backwards, or twice; in turn they are read in groups."""
+    monkeypatch.setattr(checkpoint, "GROUP_BYTES", group)
+    calls, load = [], checkpoint.ocp.load
+    monkeypatch.setattr(checkpoint.ocp, "load", lambda *arguments: calls.append(1) or load(*arguments))
+    folder, source = checkpoint.ConvertedFolder(converted), HuggingFaceFolder(DATA / "tiny-0")
+    paths = [path for path, _ in flatten(two_tower.describe(folder.config, True))]
+    in_turn = {path: folder.read(path) for path in paths}
+    assert len(calls) == {0: len(paths), 2**27: 1}.get(group, len(calls))
+    assert len(calls) > 1 or group == 2**27
+    for path in (*reversed(paths[-5:]), paths[0], paths[0]):
+        np.testing.assert_array_equal(folder.read(path), in_turn[path])
+    for path in paths:
+        assert in_turn[path].dtype == source.dtype(path)
+        np.testing.assert_array_equal(in_turn[path], source.read(path))

@@ -1,15 +1,19 @@
 """The command as a user types it."""
 
 import json
+import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import DATA
+from safetensors.numpy import load_file, save_file
 
 from twotower_jax import cli
 
 TINY = str(DATA / "tiny-0")
+NOT_FINITE = "a logit was not finite; the row ends before it"
 
 
 def run(capsys, *argv) -> tuple[int, str, str]:
@@ -80,6 +84,10 @@ BAD = [
     ([TINY, "--prompt", "text"], "has no tokenizer.json, so give the prompt as token ids: --ids"),
     ([TINY, "--ids", "5,x"], "--ids takes whole numbers"),
     ([TINY, "--ids", ""], "prompt 0 is empty"),
+    ([TINY, "--ids", "5,,7"], "--ids takes whole numbers"),
+    ([TINY, "--ids", "5", "--eos-token-id", "x"], "--eos-token-id takes whole numbers, or none alone, not x"),
+    ([TINY, "--ids", "5", "--eos-token-id", "none", "--eos-token-id", "14"], "or none alone, not none 14"),
+    (["", "--ids", "5"], "is no path"),
     ([TINY, "--ids", "5,999"], "has id 999 at position 1; ids go from 0 to 127"),
     (["demo", "--prompt", ""], "prompt 0 is empty"),
     (["demo", "--prompt", "bad \udcff byte"], "the prompt is not text in this terminal's encoding"),
@@ -115,6 +123,36 @@ def test_output_that_cannot_be_written():
     assert process.stderr.read() == ""
     process.stderr.close()
     assert process.wait(60) == 1
+
+
+def test_a_row_that_fails(capsys, tmp_path):
+    """Exit status 1; the error stands with its row, and the other row is whole."""
+    everything = {}
+    for file in (DATA / "tiny-0").glob("*.safetensors"):
+        everything |= load_file(file)
+    everything["context_tower.embeddings.weight"][9] = np.nan
+    save_file(everything, tmp_path / "model.safetensors")
+    shutil.copy(DATA / "tiny-0" / "config.json", tmp_path)
+    command = ["generate", str(tmp_path), "--ids", "5,9,6", "--ids", "5,6", "--max-new-tokens", "16"]
+    status, out, _ = run(capsys, *command)
+    assert status == 1
+    assert out.splitlines()[:3] == ["", "[0 tokens, 1 forwards, 0.00 tokens per forward]", f"[{NOT_FINITE}]"]
+    status, out, _ = run(capsys, *command, "--json")
+    assert status == 1
+    assert [row["error"] for row in json.loads(out)["rows"]] == [NOT_FINITE, None]
+    assert [len(row["tokens"]) for row in json.loads(out)["rows"]] == [0, 16]
+
+
+def test_prompt_is_shown_as_given(capsys, tmp_path, monkeypatch):
+    """Newlines and all, though the demo's EOS is a newline; of a file's end one newline is not of the prompt."""
+    (tmp_path / "prompt").write_bytes(b"upper a =\nA\r\nlower\n\n")
+    options = ["--max-new-tokens", "1", "--mode", "ar"]
+    (row,) = run_json(capsys, "generate", "demo", "--prompt-file", str(tmp_path / "prompt"), *options)["rows"]
+    assert row["prompt"] == "upper a =\nA\r\nlower\n"
+    assert row["prompt_tokens"] == len(row["prompt"])
+    ids = ",".join(str(byte + 4) for byte in b"a\nb\n")
+    (row,) = run_json(capsys, "generate", "demo", "--ids", ids, *options)["rows"]
+    assert row["prompt"] == "a\nb\n"
 
 
 def test_bad_tokenizer(capsys, tmp_path):

@@ -61,6 +61,30 @@ def test_prompt_may_hold_the_mask_id(tiny):
     assert 3 not in g.tokens[0]
 
 
+@pytest.mark.parametrize("mode", ["generate_ar", "generate_mock_ar"])
+def test_a_draw_is_of_its_position(tiny, mode):
+    """A sample goes on the same when its first tokens become part of the prompt: keys are of positions, not of steps."""
+    generate = getattr(tiny.model, mode)
+    options = {"temperature": 1.0, "seed": 3, "rows": [4]}
+    whole = generate([tiny.prompt(1)], 20, **options).tokens[0]
+    rest = generate([[*tiny.prompt(1).tolist(), *whole[:7]]], 13, **options).tokens[0]
+    assert rest == whole[7:]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_non_finite_logits_end_their_row_alone(tiny, mode):
+    """A token whose embedding is not a number ends the row that reads it, with an error, and no other."""
+    tower = tiny.model.params["context"]["tower"]
+    poisoned = tower | {"embeddings": tower["embeddings"].at[9].set(jnp.nan)}
+    params = tiny.model.params | {"context": tiny.model.params["context"] | {"tower": poisoned}}
+    model = tt.Model(tiny.model.config, params)
+    healthy = [int(token) for token in tiny.prompt(0) if token != 9]
+    g = getattr(model, mode)([healthy, [5, 9, 6]], 16)
+    assert g.errors == [None, "a logit was not finite; the row ends before it"]
+    assert g.tokens == [getattr(tiny.model, mode)([healthy], 16).tokens[0], []]
+    assert g.forwards[1] == 1
+
+
 def test_several_eos_ids(tiny):
     full = tiny.model.generate_ar([tiny.prompt(0)], 40).tokens[0]
     ends = [full[20], full[12]]
@@ -160,7 +184,7 @@ BAD = [
     ({"temperature": 10**400}, "temperature must be a number"),
     ({"temperature": "0"}, "temperature must be a number"),
     ({"top_k": True}, "top_k must be a whole number"),
-    ({"prompts": [[2**70]]}, "whole numbers"),
+    ({"prompts": [[2**70]]}, "prompt 0 has id 1180591620717411303424 at position 0"),
     ({"prompts": [[2**63]]}, "prompt 0 has id 9223372036854775808"),
     ({"max_new_tokens": 10**7}, "GB free"),
     ({"max_new_tokens": 10**15}, "positions end at"),

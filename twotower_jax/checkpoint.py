@@ -1,18 +1,26 @@
-"""Our own checkpoint folder: `config.json`, the tokenizer's files, and the parameters in Orbax under `params/`."""
+"""Our own checkpoint folder: the parameters in Orbax under `params/`; `checkpoint.json`, which says what that holds;
+`config.json` and the tokenizer's files.
+"""
 
+import contextlib
+import json
+import logging
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from orbax.checkpoint.experimental import v1 as ocp
 
-from twotower_jax import two_tower
+from twotower_jax import interrupts, two_tower
 from twotower_jax.config import Config, parse_config, read_json
 from twotower_jax.errors import InputError
 from twotower_jax.parameters import Parameter, flatten, unflatten
 
 PARAMS = "params"
-GROUP_BYTES = 2**27  # small parameters are written together, up to this much
+CONTENTS = "checkpoint.json"
+GROUP_BYTES = 2**27  # small parameters are written and read together, up to this much
 
 
 def is_converted(folder: Path) -> bool:
@@ -36,14 +44,15 @@ class ConvertedFolder:
         self.folder = folder
         self.raw_config: dict[str, Any] = read_json(folder / "config.json")
         self.config: Config = parse_config(self.raw_config)
+        contents = _checked_contents(folder)
+        self.two_towers: bool = contents["two_towers"]
+        self.odd_dtypes: dict[str, str] = contents["odd_dtypes"]
         self._path = (folder / PARAMS).absolute()
-        try:
-            metadata = ocp.metadata(self._path)
-            self._stored = dict(flatten(metadata.metadata))
-            self.two_towers: bool = metadata.custom_metadata["two_towers"]
-            self.odd_dtypes: dict[str, str] = metadata.custom_metadata["odd_dtypes"]
-        except Exception as error:  # Orbax raises what its many storage drivers raise
-            raise InputError(f"{self._path} is no checkpoint that convert wrote: {_first_line(error)}") from None
+        with _orbax(f"{self._path} is damaged; convert it again"):
+            stored = ocp.metadata(self._path).metadata
+            if stored is None:
+                raise ValueError("Orbax finds no parameters")
+            self._stored = dict(flatten(stored))
         expected = dict(flatten(two_tower.describe(self.config, self.two_towers)))
         shapes = {path: self.config.shape(p.axes) for path, p in expected.items()}
         problems = [f"{folder}: missing parameter {'/'.join(path)}" for path in shapes if path not in self._stored]
@@ -55,27 +64,40 @@ class ConvertedFolder:
         ]
         if problems:
             raise InputError("\n".join(problems))
+        self._order = list(shapes)
+        self._ahead: dict[tuple[str, ...], np.ndarray] = {}
 
     def dtype(self, path: tuple[str, ...]) -> np.dtype:
         """The dtype that a parameter is stored in."""
         return np.dtype(self._stored[path].dtype)
 
     def read(self, path: tuple[str, ...]) -> np.ndarray:
-        """One parameter."""
-        wanted: dict[tuple[str, ...], Any] = dict.fromkeys(self._stored, ocp.PLACEHOLDER)
-        wanted[path] = np.empty(self._stored[path].shape, self.dtype(path))
-        try:
-            return dict(flatten(ocp.load(self._path, unflatten(wanted))))[path]
-        except Exception as error:
-            raise InputError(f"cannot read {'/'.join(path)} of {self._path}: {_first_line(error)}") from None
+        """One parameter. Quick in the description's order: small ones that follow are read along with it."""
+        if path not in self._ahead:
+            wanted: dict[tuple[str, ...], Any] = dict.fromkeys(self._stored, ocp.PLACEHOLDER)
+            group = self._group(path)
+            wanted |= {p: np.empty(self._stored[p].shape, self.dtype(p)) for p in group}
+            with _orbax(f"cannot read {'/'.join(path)} of {self._path}; convert it again"):
+                loaded = dict(flatten(ocp.load(self._path, unflatten(wanted))))
+            self._ahead = {p: loaded[p] for p in group}
+        return self._ahead.pop(path)
+
+    def _group(self, first: tuple[str, ...]) -> list[tuple[str, ...]]:
+        group, size = [], 0
+        for path in self._order[self._order.index(first) :]:
+            size += math.prod(self._stored[path].shape) * self.dtype(path).itemsize
+            if group and size > GROUP_BYTES:
+                break
+            group.append(path)
+        return group
 
 
 class Writer:
     """Writes parameters one after the other; nothing under `folder` loads before `finish`."""
 
     def __init__(self, folder: Path, two_towers: bool, odd_dtypes: dict[str, str]):
-        self._path = (folder / PARAMS).absolute()
-        self._metadata = {"two_towers": two_towers, "odd_dtypes": odd_dtypes}
+        self._folder, self._path = folder, (folder / PARAMS).absolute()
+        self._contents = {"two_towers": two_towers, "odd_dtypes": odd_dtypes}
         self._group: dict[tuple[str, ...], np.ndarray] = {}
 
     def add(self, path: tuple[str, ...], p: Parameter, value: np.ndarray) -> None:
@@ -85,16 +107,57 @@ class Writer:
 
     def _flush(self) -> None:
         if self._group:
-            try:
-                ocp.partial.save(self._path, unflatten(self._group), custom_metadata=self._metadata)
-            except Exception as error:  # as above
-                raise InputError(f"cannot write {self._path}: {_first_line(error)}") from None
+            with _orbax(f"cannot write {self._path}"):
+                ocp.partial.save(self._path, unflatten(self._group))
             self._group = {}
 
     def finish(self) -> None:
         self._flush()
-        ocp.partial.finalize(self._path)
+        with _orbax(f"cannot write {self._path}"):
+            ocp.partial.finalize(self._path)
+        contents = self._contents | {"files": dict(sorted(_sizes(self._path).items()))}
+        (self._folder / CONTENTS).write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+def _sizes(params: Path) -> dict[str, int]:
+    """Every file below a folder, and its size in bytes."""
+    return {file.relative_to(params).as_posix(): file.stat().st_size for file in params.rglob("*") if file.is_file()}
+
+
+def _checked_contents(folder: Path) -> dict[str, Any]:
+    """`checkpoint.json`, if every file that it names is there and whole: Orbax would say it less clearly."""
+    if not (folder / CONTENTS).is_file():
+        raise InputError(f"{folder} has {PARAMS}/ but no {CONTENTS}, so it is no checkpoint that convert finished")
+    contents = read_json(folder / CONTENTS)
+    kinds = {"two_towers": bool, "odd_dtypes": dict, "files": dict}
+    if not isinstance(contents, dict) or any(not isinstance(contents.get(name), kinds[name]) for name in kinds):
+        raise InputError(f"{folder / CONTENTS} must hold {', '.join(kinds)}, as convert writes it; convert again")
+    found = _sizes(folder / PARAMS)
+    problems = [
+        f"{folder / PARAMS / name} is damaged: it has {found[name]} bytes, not {size}; convert it again"
+        if name in found
+        else f"{folder / PARAMS / name} is missing; convert it again"
+        for name, size in contents["files"].items()
+        if found.get(name) != size
+    ]
+    if problems:
+        raise InputError("\n".join(problems))
+    return contents
+
+
+@contextlib.contextmanager
+def _orbax(failed: str) -> Iterator[None]:
+    """Orbax at work: whole or not at all under Ctrl-C, its errors (of many storage drivers) one line of ours."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+    try:
+        with interrupts.deferred():
+            yield
+    except Exception as error:
+        first = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise InputError(f"{failed}: {first}") from None
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -18,7 +18,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns 0, 1 if a row or the output failed, 2 for bad input, 130 when interrupted."""
     args = _parser().parse_args(argv)
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # leaves as tidily as Ctrl-C does
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) == signal.SIG_DFL:  # not under nohup
+                signal.signal(number, signal.default_int_handler)  # leaves as tidily as Ctrl-C does
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without Unicode
     try:
         status = args.run(args)
@@ -66,7 +68,6 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add("--max-new-tokens", type=int, default=128, metavar="N", help="new tokens a row (128)")
     add(
         "--eos-token-id",
-        type=id_or_none,
         action="append",
         metavar="ID",
         help="id that ends a row, or none (config.json's)",
@@ -96,8 +97,13 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
-def id_or_none(text: str) -> int | None:
-    return None if text == "none" else int(text)
+def _stop_ids(given: list[str]) -> list[int]:
+    if given == ["none"]:
+        return []
+    try:
+        return [int(text) for text in given]
+    except ValueError:
+        raise InputError(f"--eos-token-id takes whole numbers, or none alone, not {' '.join(given)}") from None
 
 
 def _convert(args: argparse.Namespace) -> int:
@@ -125,11 +131,14 @@ def _generate(args: argparse.Namespace) -> int:
     options = _decoding_options(args)
     folder = sources.locate(args.model)
     tokenizer = load_tokenizer(folder)
-    prompts = [_encode(kind, value, tokenizer, args.model) for kind, value in args.prompts or []]
+    texts = [_read(value) if kind == "prompt_file" else value for kind, value in args.prompts or []]
+    kinds = [kind for kind, _ in args.prompts or []]
+    prompts = [_encode(kind, text, tokenizer, args.model) for kind, text in zip(kinds, texts, strict=True)]
     if not prompts:
         raise InputError("give a prompt: --prompt TEXT, --prompt-file FILE or --ids 5,7,9")
+    eos = None if args.eos_token_id is None else _stop_ids(args.eos_token_id)
     model = tt.load(folder, dtype=args.dtype)
-    eos = model.config.eos_token_ids if args.eos_token_id is None else [i for i in args.eos_token_id if i is not None]
+    eos = model.config.eos_token_ids if eos is None else eos
     generate = {
         "diffusion": model.generate_mask_diffusion,
         "ar": model.generate_ar,
@@ -137,21 +146,21 @@ def _generate(args: argparse.Namespace) -> int:
     }[args.mode]
     result = generate(prompts, eos_token_id=eos, **options)
 
-    def text(ids: Sequence[int]) -> str | None:
-        return None if tokenizer is None else tokenizer.decode([i for i in ids if i not in eos])
+    def decode(ids: Sequence[int]) -> str | None:
+        return None if tokenizer is None else tokenizer.decode(ids)
 
     rows = [
         {
-            "prompt": value if kind == "prompt" else text(ids),
-            "text": text(tokens),
+            "prompt": decode(ids) if kind == "ids" else text,
+            "text": decode([token for token in tokens if token not in eos]),
             "prompt_tokens": len(ids),
             "tokens": tokens,
             "forwards": forwards,
             "tokens_per_forward": len(tokens) / forwards if forwards else None,
             "error": error,
         }
-        for (kind, value), ids, tokens, forwards, error in zip(
-            args.prompts, prompts, result.tokens, result.forwards, result.errors, strict=True
+        for kind, text, ids, tokens, forwards, error in zip(
+            kinds, texts, prompts, result.tokens, result.forwards, result.errors, strict=True
         )
     ]
     if args.json:
@@ -181,13 +190,11 @@ def _encode(kind: str, value: str, tokenizer, model: str) -> list[int]:
     """A prompt's token ids."""
     if kind == "ids":
         try:
-            return [int(part) for part in value.replace(",", " ").split()]
+            return [int(part) for part in (value.split(",") if "," in value else value.split())]
         except ValueError:
             raise InputError(f"--ids takes whole numbers such as 5,7,9, not {value!r}") from None
     if tokenizer is None:
         raise InputError(f"{model} has no tokenizer.json, so give the prompt as token ids: --ids 5,7,9")
-    if kind == "prompt_file":
-        value = _read(value).removesuffix("\n")
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -197,10 +204,8 @@ def _encode(kind: str, value: str, tokenizer, model: str) -> list[int]:
 
 def _read(file: str) -> str:
     try:
-        if file == "-":
-            return sys.stdin.read()
-        with open(file, encoding="utf-8") as handle:
-            return handle.read()
+        with open(0 if file == "-" else file, encoding="utf-8", newline="", closefd=file != "-") as handle:
+            return handle.read().removesuffix("\n").removesuffix("\r")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {file}: {error}") from None
 

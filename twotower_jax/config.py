@@ -41,6 +41,8 @@ FIXED = {
     "tie_word_embeddings": False,
     "sliding_window": None,
     "moe_latent_size": None,
+    "n_shared_experts": 1,
+    "residual_in_fp32": False,
 }
 
 
@@ -123,13 +125,22 @@ def read_json(path: Path) -> Any:
       InputError: the file is absent, unreadable, not text or not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))  # with or without a byte order mark
+        text = path.read_text(encoding="utf-8-sig")  # with or without a byte order mark
+        return json.loads(text, object_pairs_hook=_without_repeats)
     except FileNotFoundError:
         raise InputError(f"{path.parent} is no model folder: it has no {path.name}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {error}") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}") from None
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of a key that stands twice `json` would keep the last, silently."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"a key stands twice among {', '.join(key for key, _ in pairs)}"[:300])
+    return found
 
 
 def _special_float(value: Any) -> Any:
@@ -217,6 +228,9 @@ def parse_config(raw: Any) -> Config:
     """
     if not isinstance(raw, Mapping):
         raise InputError(f"config.json must hold an object, not {type(raw).__name__}")
+    for kind in (raw.get("model_type") or "nemotron_h", *(raw.get("architectures") or ())):
+        if not str(kind).lower().replace("_", "").startswith("nemotronh"):
+            raise InputError(f"config.json is of {kind!r}, not of a NemotronH: neither a TwoTower nor its backbone")
     for name, only in FIXED.items():
         if raw.get(name, only) != only:
             raise InputError(f"config.json: {name} is {raw[name]!r}; only {only!r} is a Nemotron-TwoTower")

@@ -72,12 +72,13 @@ def token_ids(where: str, ids: Any, vocab_size: int) -> np.ndarray:
         raise InputError(f"{where} must be a flat list of whole numbers, not a nested one") from None
     if array.size == 0:
         raise InputError(f"{where} is empty; a prompt needs one token or more")
-    if array.ndim != 1 or array.dtype.kind not in "iu":
+    huge = array.dtype == object and all(isinstance(i, numbers.Integral) for i in array.ravel())
+    if array.ndim != 1 or not (huge or array.dtype.kind in "iu"):
         raise InputError(f"{where} must be a flat list of whole numbers, not an array of {array.dtype} {array.shape}")
     outside = (array < 0) | (array >= vocab_size)
     if outside.any():
         at = int(outside.argmax())
-        raise InputError(f"{where} has id {array[at]} at position {at}; ids go from 0 to {vocab_size - 1}")
+        raise InputError(f"{where} has id {_short(array.item(at))} at position {at}; ids go from 0 to {vocab_size - 1}")
     return array.astype(np.int32)
 
 

@@ -1,5 +1,7 @@
 """What a device has room for."""
 
+import os
+
 import jax
 import psutil
 
@@ -18,4 +20,12 @@ def require(needed: int, device: jax.Device, what: str) -> None:
     """Raises an `InputError` with the numbers if `needed` bytes are not free."""
     free = free_bytes(device)
     if needed > free:
-        raise InputError(f"{what} would take {needed / 1e9:.3g} GB; {device} has {free / 1e9:.3g} GB free")
+        hint = _hint(device)
+        raise InputError(f"{what} would take {needed / 1e9:.3g} GB; {device} has {free / 1e9:.3g} GB free{hint}")
+
+
+def _hint(device: jax.Device) -> str:
+    if device.platform != "gpu":
+        return ""
+    share = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75, which is JAX's default")
+    return f" (of what XLA_PYTHON_CLIENT_MEM_FRACTION lets JAX take of a GPU: {share})"

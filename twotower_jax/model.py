@@ -206,6 +206,8 @@ class Model:
         temperature = np.float32(inputs.number("temperature", temperature, 0, 1e6))
         top_k = None if top_k is None else inputs.whole("top_k", top_k, 1)
         top_p = None if top_p is None else inputs.number("top_p", top_p, 0, 1, open_low=True)
+        if top_p == 1:  # everything, whatever a float32 sum of probabilities comes to
+            top_p = None
         if temperature == 0:
             return Sampler(temperature=np.float32(1), greedy=True)
         return Sampler(temperature, None if top_p is None else np.float32(top_p), top_k)

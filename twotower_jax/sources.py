@@ -1,5 +1,6 @@
 """Where a model is: a folder, a model that ships with the package, or a Hugging Face id."""
 
+import os
 import re
 from pathlib import Path
 
@@ -26,11 +27,13 @@ def shipped() -> list[str]:
 
 def user_path(name: str | Path) -> Path:
     """A path as a user gives it, with `~`."""
+    if not isinstance(name, str | os.PathLike) or not os.fspath(name):
+        raise InputError(f"{name!r} is no path; give a folder's, or a model's name")
     try:
-        str(name).encode()
+        os.fsdecode(name).encode()
         return Path(name).expanduser()
-    except (RuntimeError, UnicodeEncodeError) as error:
-        raise InputError(f"{str(name)!r} is no path: {error}") from None
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"{name!r} is no path: {error}") from None
 
 
 def locate(model: str | Path) -> Path:

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from twotower_jax import two_tower
 from twotower_jax.decoding import diffusion
@@ -32,6 +33,30 @@ def test_loop_equals_plain_steps(golden):
     assert looped.step[2] == 0
     assert passes == looped.step.max() <= 12
     assert len(set(looped.step.tolist())) > 1
+
+
+@pytest.mark.parametrize("temperature", [None, 0.5, 4.0])
+def test_step_is_its_definition(golden, temperature):
+    """Confidence is the untempered probability of the drawn token, without [MASK]; the rule commits by it."""
+    model = golden.model
+    c, params = model.config, model.params
+    sampler = Sampler(greedy=True) if temperature is None else Sampler(np.float32(temperature))
+    rules = diffusion.Diffusion(sampler, ThresholdUnmasking(np.float32(0.2), 9), 3, 16)
+    tokens = np.stack([np.resize(golden.prompt(row), 12) for row in golden.rows]).astype(np.int32)
+    _, state = jax.jit(two_tower.prefill, static_argnums=(0, 4))(c, params, tokens, np.full(4, 12), 16)
+    keys = position_keys(row_keys(np.uint32(1), np.arange(4)), state.length[:, None] + np.arange(16))
+    block = diffusion.masked_block(rules, jnp.ones(4, bool))
+    step = jax.jit(diffusion.denoise_step, static_argnums=0)
+    denoise = jax.jit(two_tower.denoise, static_argnums=0)
+    for _ in range(3):
+        logits = denoise(c, params, state, block.tokens, block.masked.sum(-1) / 16).at[..., 3].set(-jnp.inf)
+        drawn = sampler.predict(logits, keys)
+        probability = np.take_along_axis(np.asarray(jax.nn.softmax(logits)), np.asarray(drawn)[..., None], -1)[..., 0]
+        commit = rules.unmasking.choose(jnp.asarray(probability), block.masked, block.step)
+        after = step(c, params, rules, state, block, keys)
+        np.testing.assert_array_equal(after.masked, block.masked & ~commit)
+        np.testing.assert_array_equal(after.tokens, jnp.where(commit, drawn, block.tokens))
+        block = after
 
 
 def test_committed_tokens_never_change(golden):

@@ -45,6 +45,17 @@ def test_large_vocabulary():
     assert_distributed(np.array([1 - observed[0]]), np.array([rare]), draws=4_000)
 
 
+def test_noise_has_its_tail():
+    """A draw is the largest of logits + Gumbel noise, of more bits than JAX spends by default."""
+    logits = jnp.zeros(5_000)
+    keys = jax.random.split(jax.random.key(2), 50)
+    noise = [jax.random.gumbel(key, logits.shape, mode="high") for key in keys]
+    coarse = [jax.random.gumbel(key, logits.shape) for key in keys]
+    tokens = Sampler(1.0).predict(jnp.broadcast_to(logits, (1, 50, 5_000)), keys[None])[0]
+    np.testing.assert_array_equal(tokens, np.argmax(noise, axis=-1))
+    assert (tokens != np.argmax(coarse, axis=-1)).any()
+
+
 def test_top_k():
     expected = softmax(np.where(np.arange(6) < 2, LOGITS, -np.inf))
     assert_distributed(frequencies(Sampler(1.0, top_k=2)), expected)

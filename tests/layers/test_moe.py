@@ -1,11 +1,12 @@
-"""Routing against a plain loop; the two ways of running the experts."""
+"""Routing against a plain loop; the three ways of running the experts."""
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import golden_of
+from conftest import golden_of, load
 
 from twotower_jax.layers import moe
 
@@ -42,6 +43,27 @@ def test_route_equals_plain_loop(config, kept, normalize):
         chosen, expected = plain_route(1 / (1 + np.exp(-(x[token] @ router))), correction, c)
         assert experts[token].tolist() == chosen
         np.testing.assert_allclose(weights[token], expected, rtol=1e-4)
+
+
+def test_route_of_scores_that_vanish(config):
+    """Weights that sum to zero stay finite."""
+    x = jnp.ones((1, config.hidden_size))
+    router = jnp.full((config.hidden_size, config.experts), -10.0)
+    _, weights = moe.route(x, router, jnp.zeros(config.experts), config)
+    assert (weights == 0).all()
+
+
+def test_router_is_float32():
+    """A bfloat16 model routes by float32 weights and scores: a near tie must not pick another expert."""
+    model = load("grouped-0", "bfloat16")
+    tower = model.params["context"]["tower"]
+    p = tower[f"layers_{model.config.pattern.index('E')}"]["mixer"]
+    assert p["router"].dtype == p["correction"].dtype == jnp.float32
+    x = jax.random.normal(jax.random.key(0), (200, model.config.hidden_size), jnp.bfloat16)
+    one = moe.route(x, p["router"], p["correction"], model.config)
+    other = moe.route(x.astype(jnp.float32), p["router"], p["correction"], model.config)
+    for a, b in zip(one, other, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 16, moe.TOKENS_AT_ONCE, moe.TOKENS_AT_ONCE + 1, 2000])

@@ -1,0 +1,54 @@
+"""A signal waits for the end of what must not be cut."""
+
+import signal
+import threading
+
+import pytest
+
+from twotower_jax import interrupts
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signal_waits(number):
+    arrived, done = [], []
+    before = signal.signal(number, lambda number, frame: arrived.append(number))
+    try:
+        with interrupts.deferred():
+            signal.raise_signal(number)
+            assert not arrived
+            done.append(True)
+        assert (arrived, done) == ([number], [True])
+        signal.raise_signal(number)
+        assert arrived == [number] * 2
+    finally:
+        signal.signal(number, before)
+
+
+def test_interrupt_is_raised_at_the_end():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    reached = []
+
+    def work():
+        with interrupts.deferred():
+            signal.raise_signal(signal.SIGINT)
+            reached.append(True)
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            work()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert reached
+
+
+def test_other_threads_pass():
+    passed = []
+
+    def work():
+        with interrupts.deferred():
+            passed.append(True)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert passed
