@@ -63,7 +63,7 @@ def test_prompt_may_hold_the_mask_id(tiny):
 
 @pytest.mark.parametrize("mode", ["generate_ar", "generate_mock_ar"])
 def test_a_draw_is_of_its_position(tiny, mode):
-    """A sample goes on the same when its first tokens become part of the prompt: keys are of positions, not of steps."""
+    """A sample goes on the same when its first tokens become the prompt: keys are of positions, not of steps."""
     generate = getattr(tiny.model, mode)
     options = {"temperature": 1.0, "seed": 3, "rows": [4]}
     whole = generate([tiny.prompt(1)], 20, **options).tokens[0]
