@@ -12,12 +12,12 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from convert.publishing import absent, published
 from convert.writer import HuggingFaceWriter
-from twotower_jax import checkpoint, sources, two_tower
-from twotower_jax.config import BACKBONE_ARCHITECTURE, TWO_TOWER_ARCHITECTURE
+from twotower_jax import checkpoint, interrupts, sources, two_tower
+from twotower_jax.config import BACKBONE_ARCHITECTURE, TWO_TOWER_ARCHITECTURE, as_two_towers
 from twotower_jax.errors import InputError
 from twotower_jax.parameters import Parameter, flatten, initialize
+from twotower_jax.publishing import absent, published
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,14 +73,9 @@ class _Result:
         self.description: dict[tuple[str, ...], Parameter] = dict(
             flatten(two_tower.describe(source.config, self.two_towers))
         )
-        self.raw_config = dict(source.raw_config)
-        self.raw_config["architectures"] = [TWO_TOWER_ARCHITECTURE if self.two_towers else BACKBONE_ARCHITECTURE]
-        if widen:  # NVIDIA's TwoTower code reads the older form of a config alone
-            self.raw_config["hybrid_override_pattern"] = source.config.pattern
-            self.raw_config["num_hidden_layers"] = len(source.config.pattern)
-            self.raw_config["time_step_limit"] = list(source.config.time_step_limit)
-            for newer in ("layers_block_type", "layer_types"):
-                self.raw_config.pop(newer, None)
+        raw = dict(source.raw_config)
+        raw["architectures"] = [TWO_TOWER_ARCHITECTURE if self.two_towers else BACKBONE_ARCHITECTURE]
+        self.raw_config = as_two_towers(raw, source.config) if widen else raw
 
     @property
     def parameters(self) -> int:
@@ -118,10 +113,15 @@ class _Result:
 
 
 def _write(result: _Result, writer: Any) -> None:
-    with tqdm(total=result.parameters, unit="parameters", unit_scale=True, disable=None) as bar:
+    with (
+        interrupts.deferred() as arrived,
+        tqdm(total=result.parameters, unit="parameters", unit_scale=True, disable=None) as bar,
+    ):
         for path, parameter in result.description.items():
+            if arrived:
+                return
             bar.set_postfix_str("/".join(path))
             value = result.read(path)
             writer.add(path, parameter, value)
             bar.update(value.size)
-    writer.finish()
+        writer.finish()

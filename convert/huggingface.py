@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +106,20 @@ class HuggingFaceFolder:
         for file, indices in by_file.items():
             with safe_open(file, "np") as handle:
                 for i in indices:
-                    slices[i] = layouts.to_ours(p, handle.get_tensor(names[i]))
+                    tensor = layouts.to_ours(p, handle.get_tensor(names[i]))
+                    with np.errstate(invalid="ignore"):
+                        slices[i] = tensor
+                        kept = tensor.dtype == out.dtype or _bits(slices[i].astype(tensor.dtype)) == _bits(tensor)
+                    if not kept:
+                        raise InputError(
+                            f"{names[i]} holds a NaN that {out.dtype}, the dtype of all of {'/'.join(path)}, "
+                            "cannot keep bit for bit"
+                        )
         return out
+
+
+def _bits(array: np.ndarray) -> bytes:
+    return np.ascontiguousarray(array).tobytes()
 
 
 def _scan(folder: Path) -> tuple[dict[str, Tensor], list[str], set[str]]:
@@ -143,7 +156,7 @@ def _scan_index(folder: Path) -> tuple[dict[str, Tensor], list[str], set[str]]:
             problems.append(f"{INDEX} names {file!r}, which is not a file of its own folder")
             lost |= homed
             continue
-        if not (folder / file).is_file():
+        if not os.path.isfile(folder / file):
             problems.append(f"{INDEX} names {file}, which does not exist")
             lost |= homed
             continue

@@ -1,7 +1,10 @@
 """A converted folder gives what was written; one that is damaged is refused."""
 
+import contextlib
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -73,6 +76,45 @@ def test_what_orbax_cannot_read(copy, capfd):
         tt.load(copy)
     assert "\n" not in str(error.value)
     assert capfd.readouterr() == ("", "")
+
+
+def test_turned_bits(copy):
+    """Of any file: what is loaded is what was written, or nothing is."""
+    whole = {"/".join(path): np.asarray(value) for path, value in flatten(tt.load(copy).params)}
+    refused = 0
+    for file in files(copy):
+        data = file.read_bytes()
+        for at in {len(data) // 5, len(data) // 2, len(data) * 4 // 5} if data else ():
+            file.write_bytes(data[:at] + bytes([data[at] ^ 0x5A]) + data[at + 1 :])
+            with contextlib.suppress(tt.InputError):
+                for path, value in flatten(tt.load(copy).params):
+                    np.testing.assert_array_equal(value, whole["/".join(path)])
+                refused -= 1
+            refused += 1
+            file.write_bytes(data)
+    assert refused > 5
+
+
+def test_nothing_but_the_line_on_the_screen(copy):
+    """Orbax's drivers report to a loop that is closed; the user need not know."""
+    for file in (copy / "params" / "state" / "d").iterdir():
+        file.write_bytes(b"x" * file.stat().st_size)
+    command = [sys.executable, "-m", "twotower_jax.cli", "generate", str(copy), "--ids", "5"]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr.count("\n") == 1
+    assert "params is damaged; convert it again" in ended.stderr
+
+
+def test_contents_that_are_wrong(copy):
+    whole = json.loads((copy / "checkpoint.json").read_text())
+    for name, value in {"odd_dtypes": {"lm_head.weight": "int8"}, "files": None, "checksums": []}.items():
+        (copy / "checkpoint.json").write_text(json.dumps(whole | {name: value}))
+        with pytest.raises(tt.InputError, match="must hold two_towers, odd_dtypes, files, checksums, as convert"):
+            tt.load(copy)
+    (copy / "checkpoint.json").write_text(json.dumps(whole | {"checksums": {}}))
+    with pytest.raises(tt.InputError, match="its checksum differs"):
+        tt.load(copy)
 
 
 def test_no_checkpoint(copy):

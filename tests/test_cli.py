@@ -85,6 +85,8 @@ BAD = [
     ([TINY, "--ids", "5,x"], "--ids takes whole numbers"),
     ([TINY, "--ids", ""], "prompt 0 is empty"),
     ([TINY, "--ids", "5,,7"], "--ids takes whole numbers"),
+    ([TINY, "--ids", "1_0"], "--ids takes whole numbers"),
+    (["a" * 300, "--ids", "5"], "is no path: File name too long"),
     ([TINY, "--ids", "5", "--eos-token-id", "x"], "--eos-token-id takes whole numbers, or none alone, not x"),
     ([TINY, "--ids", "5", "--eos-token-id", "none", "--eos-token-id", "14"], "or none alone, not none 14"),
     (["", "--ids", "5"], "is no path"),

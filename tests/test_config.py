@@ -55,7 +55,7 @@ BAD = [
     ({"layers_block_type": ["moe"]}, "is not its list of layer types, 'E'"),
     ({"layer_norm_epsilon": 10**400}, "layer_norm_epsilon must be a number"),
     ({"time_step_limit": [0, 10**400]}, "time_step_limit must be"),
-    ({"eos_token_id": True}, "eos_token_id must be a token id"),
+    ({"eos_token_id": True}, "eos_token_id must be an id"),
     ({"num_hidden_layers": 12}, "num_hidden_layers is 12, but"),
     ({"hidden_size": None}, "hidden_size must be a whole number"),
     ({"hidden_size": "96"}, "hidden_size must be a whole number"),
@@ -69,10 +69,18 @@ BAD = [
     ({"layer_norm_epsilon": "x"}, "layer_norm_epsilon must be a number"),
     ({"time_step_limit": [0.0]}, r"time_step_limit must be \[smallest, largest\]"),
     ({"time_step_limit": [2.0, 1.0]}, "is empty"),
-    ({"eos_token_id": "</s>"}, "eos_token_id must be a token id"),
+    ({"eos_token_id": "</s>"}, "eos_token_id must be an id"),
     ({"norm_topk_prob": 1}, "norm_topk_prob must be true or false"),
     ({"attention_bias": True}, "only False is a Nemotron-TwoTower"),
     ({"mlp_hidden_act": "silu"}, "only 'relu2' is a Nemotron-TwoTower"),
+    ({"residual_in_fp32": True}, "residual_in_fp32 is True"),
+    ({"n_shared_experts": 2}, "n_shared_experts is 2"),
+    ({"model_type": "llama"}, "is of 'llama', not of a NemotronH"),
+    ({"architectures": ["LlamaForCausalLM"]}, "is of 'LlamaForCausalLM', not of a NemotronH"),
+    ({"architectures": 5}, "architectures must be a list of names"),
+    ({"architectures": "NemotronHForCausalLM"}, "architectures must be a list of names"),
+    ({"eos_token_id": 99999}, "eos_token_id must be an id from 0 to"),
+    ({"num_hidden_layers": "8"}, "num_hidden_layers is '8', but"),
 ]
 
 
@@ -83,9 +91,16 @@ def test_bad_config(change, message):
     assert "\n" not in str(error.value)
 
 
-def test_home_of_nobody():
+@pytest.mark.parametrize("path", ["~nobody-of-this-name/x", None, 5, b"demo", "", "a\0b", "bad\udcff", "a" * 300])
+def test_no_path(path):
     with pytest.raises(tt.InputError, match="is no path"):
-        tt.load("~nobody-of-this-name/model")
+        tt.load(path)
+
+
+def test_key_that_stands_twice(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(RAW).replace("{", '{"n_groups": 1, ', 1))
+    with pytest.raises(tt.InputError, match="a key stands twice among n_groups, "):
+        tt.load(tmp_path)
 
 
 def test_config_that_is_no_object():

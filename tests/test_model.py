@@ -1,5 +1,6 @@
 """The face: a row is alone, any number of tokens, any dtype that exists, and one clear line for bad input."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -163,7 +164,7 @@ BAD = [
     ({"prompts": [[1.5]]}, "whole numbers"),
     ({"prompts": [[[1]]]}, "flat list"),
     ({"prompts": [[1, [2]]]}, "flat list"),
-    ({"max_new_tokens": -1}, "max_new_tokens must be 0 or more"),
+    ({"max_new_tokens": -1}, "max_new_tokens must be from 0 to"),
     ({"max_new_tokens": 2.5}, "max_new_tokens must be a whole number"),
     ({"block_size": 0}, "block_size must be"),
     ({"steps_per_block": 0}, "steps_per_block must be"),
@@ -187,7 +188,14 @@ BAD = [
     ({"prompts": [[2**70]]}, "prompt 0 has id 1180591620717411303424 at position 0"),
     ({"prompts": [[2**63]]}, "prompt 0 has id 9223372036854775808"),
     ({"max_new_tokens": 10**7}, "GB free"),
-    ({"max_new_tokens": 10**15}, "positions end at"),
+    ({"max_new_tokens": 10**15}, "max_new_tokens must be from 0 to 2147483647"),
+    ({"max_new_tokens": 10**400}, "max_new_tokens must be from 0 to 2147483647"),
+    ({"max_new_tokens": 2**31 - 1}, "positions end at"),
+    ({"prompts": np.array(5)}, "must be a list of token-id lists"),
+    ({"prompts": jnp.array(5)}, "must be a list of token-id lists"),
+    ({"prompts": [jax.random.split(jax.random.key(0), 2)]}, "flat list of whole numbers"),
+    ({"prompts": [{1, 2}]}, "prompt 0 must be a list of token ids"),
+    ({"prompts": [[1, True]]}, "whole numbers"),
     ({"block_size": 10**9}, "GB free"),
 ]
 

@@ -5,7 +5,20 @@ model = tt.load("demo")
 model.generate_mask_diffusion([[1, 2, 3]]).tokens
 """
 
+from typing import TYPE_CHECKING
+
 from twotower_jax.errors import InputError
-from twotower_jax.model import Generation, Model, load
+
+if TYPE_CHECKING:
+    from twotower_jax.model import Generation, Model, load
 
 __all__ = ["Generation", "InputError", "Model", "load"]
+
+
+def __getattr__(name: str):
+    """JAX is imported when it is first needed: the command answers at once, and to Ctrl-C as well."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    from twotower_jax import model
+
+    return getattr(model, name)

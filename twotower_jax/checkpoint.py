@@ -6,7 +6,11 @@ import contextlib
 import json
 import logging
 import math
+import os
+import sys
+import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +25,13 @@ from twotower_jax.parameters import Parameter, flatten, unflatten
 PARAMS = "params"
 CONTENTS = "checkpoint.json"
 GROUP_BYTES = 2**27  # small parameters are written and read together, up to this much
+CHECKED_BYTES = 2**26  # of an array have a checksum of their own: several threads compute them
+ODD_DTYPES = ("bfloat16", "float16", "float32")
 
 
 def is_converted(folder: Path) -> bool:
-    return (folder / PARAMS).is_dir()
+    """Whether a folder is of our format, whole or not."""
+    return (folder / CONTENTS).is_file() or ((folder / PARAMS).is_dir() and not any(folder.glob("*.safetensors")))
 
 
 class ConvertedFolder:
@@ -47,6 +54,7 @@ class ConvertedFolder:
         contents = _checked_contents(folder)
         self.two_towers: bool = contents["two_towers"]
         self.odd_dtypes: dict[str, str] = contents["odd_dtypes"]
+        self._checksums: dict[str, list[int]] = contents["checksums"]
         self._path = (folder / PARAMS).absolute()
         with _orbax(f"{self._path} is damaged; convert it again"):
             stored = ocp.metadata(self._path).metadata
@@ -80,7 +88,10 @@ class ConvertedFolder:
             with _orbax(f"cannot read {'/'.join(path)} of {self._path}; convert it again"):
                 loaded = dict(flatten(ocp.load(self._path, unflatten(wanted))))
             self._ahead = {p: loaded[p] for p in group}
-        return self._ahead.pop(path)
+        value = self._ahead.pop(path)
+        if _checksums(value) != self._checksums.get("/".join(path)):
+            raise InputError(f"{'/'.join(path)} of {self._path} is damaged: its checksum differs; convert it again")
+        return value
 
     def _group(self, first: tuple[str, ...]) -> list[tuple[str, ...]]:
         group, size = [], 0
@@ -98,12 +109,14 @@ class Writer:
     def __init__(self, folder: Path, two_towers: bool, odd_dtypes: dict[str, str]):
         self._folder, self._path = folder, (folder / PARAMS).absolute()
         self._contents = {"two_towers": two_towers, "odd_dtypes": odd_dtypes}
+        self._checksums: dict[str, list[int]] = {}
         self._group: dict[tuple[str, ...], np.ndarray] = {}
 
     def add(self, path: tuple[str, ...], p: Parameter, value: np.ndarray) -> None:
         if sum(v.nbytes for v in self._group.values()) + value.nbytes > GROUP_BYTES:
             self._flush()
         self._group[path] = value
+        self._checksums["/".join(path)] = _checksums(value)
 
     def _flush(self) -> None:
         if self._group:
@@ -115,8 +128,16 @@ class Writer:
         self._flush()
         with _orbax(f"cannot write {self._path}"):
             ocp.partial.finalize(self._path)
-        contents = self._contents | {"files": dict(sorted(_sizes(self._path).items()))}
-        (self._folder / CONTENTS).write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
+        contents = self._contents | {"files": dict(sorted(_sizes(self._path).items())), "checksums": self._checksums}
+        (self._folder / CONTENTS).write_text(json.dumps(contents) + "\n", encoding="utf-8")
+
+
+def _checksums(value: np.ndarray) -> list[int]:
+    """CRC-32 of each piece of an array's bytes."""
+    data = memoryview(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
+    pieces = [data[start : start + CHECKED_BYTES] for start in range(0, len(data), CHECKED_BYTES)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(zlib.crc32, pieces))
 
 
 def _sizes(params: Path) -> dict[str, int]:
@@ -129,8 +150,9 @@ def _checked_contents(folder: Path) -> dict[str, Any]:
     if not (folder / CONTENTS).is_file():
         raise InputError(f"{folder} has {PARAMS}/ but no {CONTENTS}, so it is no checkpoint that convert finished")
     contents = read_json(folder / CONTENTS)
-    kinds = {"two_towers": bool, "odd_dtypes": dict, "files": dict}
-    if not isinstance(contents, dict) or any(not isinstance(contents.get(name), kinds[name]) for name in kinds):
+    kinds = {"two_towers": bool, "odd_dtypes": dict, "files": dict, "checksums": dict}
+    right = isinstance(contents, dict) and all(isinstance(contents.get(name), kinds[name]) for name in kinds)
+    if not right or any(dtype not in ODD_DTYPES for dtype in contents["odd_dtypes"].values()):
         raise InputError(f"{folder / CONTENTS} must hold {', '.join(kinds)}, as convert writes it; convert again")
     found = _sizes(folder / PARAMS)
     problems = [
@@ -143,6 +165,15 @@ def _checked_contents(folder: Path) -> dict[str, Any]:
     if problems:
         raise InputError("\n".join(problems))
     return contents
+
+
+def _report(unraisable: Any, report=sys.unraisablehook) -> None:
+    """Storage drivers that are still at work when Orbax gives up find its event loop closed, and say so at length."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        report(unraisable)
+
+
+sys.unraisablehook = _report
 
 
 @contextlib.contextmanager
@@ -161,3 +192,40 @@ def _orbax(failed: str) -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+class TrainingCheckpoints:
+    """The checkpoints of a run, written in the background; the newest `keep` stay, and half-written ones never load."""
+
+    def __init__(self, folder: Path, keep: int):
+        policies = ocp.training
+        self._folder = folder
+        with _orbax(f"cannot write {folder}"):
+            self._checkpointer = ocp.training.Checkpointer(
+                folder.absolute(),
+                save_decision_policy=policies.save_decision_policies.FixedIntervalPolicy(1),
+                preservation_policy=policies.preservation_policies.LatestN(keep),
+                cleanup_tmp_directories=True,
+            )
+
+    @property
+    def latest(self) -> int | None:
+        """The newest whole checkpoint's step."""
+        newest = self._checkpointer.latest
+        return None if newest is None else newest.step
+
+    def save(self, step: int, state: Any, extra: dict[str, Any]) -> None:
+        """Begins to write; returns as soon as the arrays are copied."""
+        with _orbax(f"cannot write {self._folder}"):
+            self._checkpointer.save_async(step, state, custom_metadata=extra)
+
+    def load(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
+        """The arrays of a step in the shapes, dtypes and shardings of `like`, and what was saved beside them."""
+        with _orbax(f"cannot read checkpoint {step} of {self._folder}"):
+            extra = self._checkpointer.metadata(step).custom_metadata
+            return self._checkpointer.load(step, like), extra
+
+    def close(self) -> None:
+        """Waits until everything is written."""
+        with _orbax(f"cannot write {self._folder}"):
+            self._checkpointer.close()

@@ -1,14 +1,17 @@
-"""The command: `twotower generate | convert`."""
+"""The command: `twotower generate | convert | train`."""
 
 import argparse
+import dataclasses
 import json
 import os
+import re
 import signal
 import sys
 import threading
 import time
 from collections.abc import Sequence
 
+from twotower_jax import interrupts
 from twotower_jax.errors import InputError
 
 MODES = ("diffusion", "ar", "mock-ar")
@@ -23,6 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 signal.signal(number, signal.default_int_handler)  # leaves as tidily as Ctrl-C does
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without Unicode
     try:
+        with interrupts.deferred():  # JAX, cut in its start, says things of its own
+            import twotower_jax.model  # noqa: F401
         status = args.run(args)
         sys.stdout.flush()
         return status
@@ -45,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_generate(commands.add_parser("generate", help="write text", description=_generate.__doc__))
     _add_convert(commands.add_parser("convert", help="convert a checkpoint", description=_convert.__doc__))
+    _add_train(commands.add_parser("train", help="train a model", description=_train.__doc__))
     return parser
 
 
@@ -93,6 +99,12 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     _add_json(parser)
 
 
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_train)
+    parser.add_argument("config", metavar="CONFIG", help="a TOML file; see twotower_jax/training/config.py")
+    _add_json(parser)
+
+
 def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
@@ -120,6 +132,24 @@ def _convert(args: argparse.Namespace) -> int:
         kind = "two towers" if made.two_towers else "a backbone"
         print(f"wrote {made.target}: {kind}, {made.parameters:,} parameters, {seconds:.1f} s")
     return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    """Train a backbone, or a denoiser for one; a run that was stopped goes on where it was."""
+    from twotower_jax import sources
+    from twotower_jax.training.config import read_training_config
+    from twotower_jax.training.loop import run
+    from twotower_jax.training.start import Start
+
+    config = read_training_config(sources.user_path(args.config))
+    ended = run(config, Start(config))
+    if args.json:
+        print(json.dumps(dataclasses.asdict(ended) | {"output": config.output}))
+    elif ended.finished:
+        print(f"trained {ended.step} steps; the model is {config.output}/model")
+    else:
+        print(f"stopped and saved after {ended.step} of {config.steps} steps; the same command goes on")
+    return 0 if ended.finished else 130
 
 
 def _generate(args: argparse.Namespace) -> int:
@@ -189,10 +219,10 @@ def _decoding_options(args: argparse.Namespace) -> dict:
 def _encode(kind: str, value: str, tokenizer, model: str) -> list[int]:
     """A prompt's token ids."""
     if kind == "ids":
-        try:
-            return [int(part) for part in (value.split(",") if "," in value else value.split())]
-        except ValueError:
-            raise InputError(f"--ids takes whole numbers such as 5,7,9, not {value!r}") from None
+        parts = [part.strip() for part in (value.split(",") if "," in value else value.split())]
+        if not all(re.fullmatch("-?[0-9]{1,100}", part) for part in parts):
+            raise InputError(f"--ids takes whole numbers such as 5,7,9, not {value!r}")
+        return [int(part) for part in parts]
     if tokenizer is None:
         raise InputError(f"{model} has no tokenizer.json, so give the prompt as token ids: --ids 5,7,9")
     try:

@@ -179,8 +179,19 @@ def layer_pattern(raw: Mapping[str, Any]) -> str:
             )
     layers = raw.get("num_hidden_layers")
     if layers is not None and layers != len(pattern):
-        raise InputError(f"config.json: num_hidden_layers is {layers}, but {pattern!r} has {len(pattern)} layers")
+        raise InputError(f"config.json: num_hidden_layers is {layers!r}, but {pattern!r} has {len(pattern)} layers")
     return pattern
+
+
+def as_two_towers(raw: Mapping[str, Any], config: Config) -> dict[str, Any]:
+    """The `config.json` of two towers made of a backbone: in the older form, the only one that NVIDIA's code reads."""
+    newer = ("layers_block_type", "layer_types")
+    return {name: value for name, value in raw.items() if name not in newer} | {
+        "architectures": [TWO_TOWER_ARCHITECTURE],
+        "hybrid_override_pattern": config.pattern,
+        "num_hidden_layers": len(config.pattern),
+        "time_step_limit": list(config.time_step_limit),
+    }
 
 
 def _is_number(value: Any) -> bool:
@@ -228,7 +239,10 @@ def parse_config(raw: Any) -> Config:
     """
     if not isinstance(raw, Mapping):
         raise InputError(f"config.json must hold an object, not {type(raw).__name__}")
-    for kind in (raw.get("model_type") or "nemotron_h", *(raw.get("architectures") or ())):
+    architectures = raw.get("architectures") or []
+    if not isinstance(architectures, list):
+        raise InputError(f"config.json: architectures must be a list of names, not {architectures!r}")
+    for kind in (raw.get("model_type") or "nemotron_h", *architectures):
         if not str(kind).lower().replace("_", "").startswith("nemotronh"):
             raise InputError(f"config.json is of {kind!r}, not of a NemotronH: neither a TwoTower nor its backbone")
     for name, only in FIXED.items():
@@ -243,11 +257,15 @@ def parse_config(raw: Any) -> Config:
         raise InputError(f"config.json: time_step_limit must be [smallest, largest], not {limit!r}")
     eos = raw.get("eos_token_id")
     eos = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
-    if not all(isinstance(token, int) and not isinstance(token, bool) for token in eos):
-        raise InputError(f"config.json: eos_token_id must be a token id or a list of them, not {raw['eos_token_id']!r}")
+    vocab = read.integer("vocab_size")
+    if not all(isinstance(token, int) and not isinstance(token, bool) and 0 <= token < vocab for token in eos):
+        raise InputError(
+            f"config.json: eos_token_id must be an id from 0 to {vocab - 1} or a list of them, "
+            f"not {raw['eos_token_id']!r}"
+        )
     config = Config(
         pattern=pattern,
-        vocab_size=read.integer("vocab_size"),
+        vocab_size=vocab,
         hidden_size=read.integer("hidden_size"),
         norm_eps=read.number("layer_norm_epsilon", read.number("norm_eps", 1e-5)),
         mamba_heads=read.integer("mamba_num_heads", mamba),

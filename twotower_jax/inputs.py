@@ -3,7 +3,7 @@
 import math
 import numbers
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import jax.numpy as jnp
@@ -64,11 +64,14 @@ def _short(value: Any) -> str:
 
 def token_ids(where: str, ids: Any, vocab_size: int) -> np.ndarray:
     """One non-empty sequence of token ids, (L,) int32."""
-    if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
+    if isinstance(ids, str | bytes | Set | Mapping) or not isinstance(ids, Iterable):
         raise InputError(f"{where} must be a list of token ids, not {_short(ids)}")
     try:
-        array = np.asarray(ids if hasattr(ids, "__array__") else list(ids))
-    except ValueError:  # a ragged list
+        ids = ids if hasattr(ids, "__array__") else list(ids)
+        array = np.asarray(ids)
+        if isinstance(ids, list) and any(map(_is_bool, ids)):
+            array = np.asarray(ids, object).astype(bool)
+    except (TypeError, ValueError):  # a ragged list, an array of random keys
         raise InputError(f"{where} must be a flat list of whole numbers, not a nested one") from None
     if array.size == 0:
         raise InputError(f"{where} is empty; a prompt needs one token or more")
@@ -84,7 +87,7 @@ def token_ids(where: str, ids: Any, vocab_size: int) -> np.ndarray:
 
 def prompts(value: Any, vocab_size: int) -> list[np.ndarray]:
     """A list of token-id lists of any lengths."""
-    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+    if isinstance(value, str | bytes | Set) or not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0:
         raise InputError(f"prompts must be a list of token-id lists, not {_short(value)}")
     value = list(value)
     if value and all(isinstance(item, numbers.Integral) or getattr(item, "ndim", 1) == 0 for item in value):

@@ -142,7 +142,7 @@ class Model:
             mask_id=np.int32(inputs.whole("mask_token_id", mask_token_id, 0, vocab - 1)),
             block_size=inputs.whole("block_size", block_size, 1, 2**31 - 1),
         )
-        limit = inputs.whole("max_new_tokens", max_new_tokens, 0)
+        limit = inputs.whole("max_new_tokens", max_new_tokens, 0, 2**31 - 1)
         size = rules.block_size
         blocks, most = -(-limit // size), -(-bucket(limit) // size)
         request = self._request(prompts, limit, most * size, rows, seed, eos_token_id)
@@ -213,7 +213,7 @@ class Model:
         return Sampler(temperature, None if top_p is None else np.float32(top_p), top_k)
 
     def _one_by_one(self, mock, sampler, prompts, max_new_tokens, rows, seed, eos_token_id) -> Generation:
-        limit = inputs.whole("max_new_tokens", max_new_tokens, 0)
+        limit = inputs.whole("max_new_tokens", max_new_tokens, 0, 2**31 - 1)
         room = bucket(limit)
         request = self._request(prompts, limit, room, rows, seed, eos_token_id)
         return self._generate(autoregressive.generate, sampler, request, limit, max_tokens=room, mock=mock)

@@ -25,15 +25,43 @@ class KVCache:
     value: jax.Array
 
 
-LayerState = MambaState | KVCache | None
+ExpertLoad = jax.Array  # (E,) int32: how often each expert was chosen, from passes with `Span.count_experts`
+
+LayerState = MambaState | KVCache | ExpertLoad | None
 
 
 @struct.dataclass
 class TowerState:
-    """One entry a layer (None for experts and MLPs), and the number of tokens that each row has read, (B,) int32."""
+    """What each row has read.
+
+    The state before every block of packed rows (training) has a row for each block in `length`, `first` and the Mamba
+    states, and one cache for the blocks of a row together.
+
+    Attributes:
+      layers: an entry a layer, None for MLPs and for experts that are not counted.
+      length: (B,) int32, the number of tokens read, where the next one goes in the cache.
+      first: (B,) int32, the first position of the cache that is of the row's own document; None means 0.
+    """
 
     layers: tuple[LayerState, ...]
     length: jax.Array
+    first: jax.Array | None = None
+
+
+@struct.dataclass
+class Packing:
+    """Documents packed one after the other in rows of L positions, as in training.
+
+    Attributes:
+      segments: (B, L) int32, the number from 1 of a position's document within its row; 0 is padding.
+      blocks: (B, M) int32, where blocks begin, multiples of the block size: a pass returns the state before each of
+        these, not the one after the row.
+      block_size: S.
+    """
+
+    segments: jax.Array
+    blocks: jax.Array
+    block_size: int = struct.field(pytree_node=False)
 
 
 @struct.dataclass
@@ -44,11 +72,23 @@ class Span:
       start: (B,) int32, tokens read before.
       count: (B,) int32, how many of the L new positions are real; padding stands after them and changes nothing.
       causal: a position sees itself and those before it; otherwise all of the span.
+      first: (B,) int32, the first cached position that a row sees; None means 0.
+      packing: set in a pass over packed documents, which starts from the empty state; `count` is not used then.
+      count_experts: the experts' layers return their load as their state.
     """
 
     start: jax.Array
     count: jax.Array
     causal: bool = struct.field(pytree_node=False, default=True)
+    first: jax.Array | None = None
+    packing: Packing | None = None
+    count_experts: bool = struct.field(pytree_node=False, default=False)
+
+    def real(self, length: int) -> jax.Array:
+        """(B, length) bool: which of the new positions hold a token."""
+        if self.packing is not None:
+            return self.packing.segments > 0
+        return jnp.arange(length) < self.count[:, None]
 
 
 def empty_state(config: Config, rows: int, capacity: int, dtype: jnp.dtype) -> TowerState:

@@ -59,10 +59,12 @@ class Tower(nn.Module):
     """Tokens to final hidden states, and the state after them.
 
     Call with tokens (B, L) int32, TowerState, Span and, for a conditioned denoiser, modulation (layers, B, 3, D).
-    Returns the normed hidden states (B, L, D) and a TowerState that has read the span's real tokens.
+    Returns the normed hidden states (B, L, D) and a TowerState that has read the span's real tokens. With `remat` a
+    gradient computes each layer again instead of keeping what is inside it.
     """
 
     config: Config
+    remat: bool = False
 
     @nn.compact
     def __call__(
@@ -72,8 +74,8 @@ class Tower(nn.Module):
         x = p["embeddings"][tokens]
         layers = []
         for i, kind in enumerate(self.config.pattern):
-            layer = Layer(self.config, kind, name=f"layers_{i}")
+            layer = (nn.remat(Layer) if self.remat else Layer)(self.config, kind, name=f"layers_{i}")
             x, after = layer(x, state.layers[i], span, None if modulation is None else modulation[i])
             layers.append(after)
         x = rms_norm(x, p["norm_f"], self.config.norm_eps)
-        return x, TowerState(layers=tuple(layers), length=state.length + span.count)
+        return x, TowerState(layers=tuple(layers), length=state.length + span.count, first=state.first)

@@ -13,7 +13,7 @@ from twotower_jax.layers import time_conditioning
 from twotower_jax.layers.linear import einsum
 from twotower_jax.layers.time_conditioning import TimeConditioning
 from twotower_jax.parameters import linear, normal, prefixed
-from twotower_jax.state import Span, TowerState, empty_state
+from twotower_jax.state import Packing, Span, TowerState, empty_state
 from twotower_jax.tower import Tower
 
 PREFILL_TOKENS = 1024  # of all rows, that one pass of the context tower reads: longer prompts need no more memory
@@ -63,8 +63,36 @@ def extend(
       hidden states (B, L, D) and the state after.
     """
     with jax.named_scope("context_tower"):
-        span = Span(start=state.length, count=count)
+        span = Span(start=state.length, count=count, first=state.first)
         return Tower(config).apply({"params": params["context"]["tower"]}, tokens, state, span)
+
+
+def read_packed(
+    config: Config, tower: dict, tokens: jax.Array, packing: Packing, remat: bool = False
+) -> tuple[jax.Array, TowerState]:
+    """A tower reads rows of packed documents in one causal pass, as in training.
+
+    Args:
+      config: dimensions.
+      tower: parameters of one tower.
+      tokens: (B, L) int32, L a multiple of the block size.
+      packing: the documents, and the M blocks of each row before which the state is wanted.
+      remat: spend less memory on a gradient, and more time.
+
+    Returns:
+      hidden states (B, L, D); and the state before each block, as `denoise` takes it for B M rows of one block, with
+      the experts' loads (E,) at their layers.
+    """
+    with jax.named_scope("read_packed"):
+        rows = tokens.shape[0]
+        none = jnp.zeros(rows, jnp.int32)
+        span = Span(start=none, count=none, packing=packing, count_experts=True)
+        dtype = tower["embeddings"].dtype
+        hidden, state = Tower(config, remat).apply({"params": tower}, tokens, empty_state(config, rows, 1, dtype), span)
+        row = jnp.arange(rows)[:, None]
+        own = packing.segments[row, packing.blocks][..., None] == packing.segments[:, None]
+        first = jnp.argmax(own, axis=-1).astype(jnp.int32)
+        return hidden, TowerState(state.layers, packing.blocks.reshape(-1), first.reshape(-1))
 
 
 def _chunks(tokens: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -134,10 +162,24 @@ def denoise(config: Config, params: dict, state: TowerState, block: jax.Array, t
     Returns:
       logits (B, S, V) float32.
     """
-    own = params["denoiser"]
-    with jax.named_scope("denoiser_tower"):
-        modulation = None if t is None else TimeConditioning(config).apply({"params": own["time"]}, t)
-        span = Span(start=state.length, count=jnp.full_like(state.length, block.shape[1]), causal=False)
-        hidden, _ = Tower(config).apply({"params": own["tower"]}, block, state, span, modulation)
+    hidden, _ = denoiser_hidden(config, params["denoiser"], state, block, t)
     with jax.named_scope("denoiser_head"):
-        return einsum("...d,dv->...v", hidden, own["head"], out=jnp.float32)
+        return einsum("...d,dv->...v", hidden, params["denoiser"]["head"], out=jnp.float32)
+
+
+def denoiser_hidden(
+    config: Config,
+    denoiser: dict,
+    state: TowerState,
+    block: jax.Array,
+    t: jax.Array | None,
+    causal: bool = False,
+    count_experts: bool = False,
+    remat: bool = False,
+) -> tuple[jax.Array, TowerState]:
+    """`denoise` before its head: hidden states (B, S, D), and what the tower's layers return as their state."""
+    with jax.named_scope("denoiser_tower"):
+        modulation = None if t is None else TimeConditioning(config).apply({"params": denoiser["time"]}, t)
+        count = jnp.full_like(state.length, block.shape[1])
+        span = Span(state.length, count, causal, state.first, count_experts=count_experts)
+        return Tower(config, remat).apply({"params": denoiser["tower"]}, block, state, span, modulation)

@@ -81,6 +81,29 @@ def test_round_trip_of_mixed_dtypes(tmp_path):
     assert_same(everything, tensors(tmp_path / "back"))
 
 
+def test_nan_that_a_mixed_stack_cannot_keep(tmp_path):
+    """A stack of several dtypes is held as float32, in which not every NaN of the others has a place."""
+    source = shutil.copytree(DATA / "tiny-0", tmp_path / "hf", copy_function=shutil.copyfile)
+    everything = tensors(source)
+    for file in source.glob("*.safetensors*"):
+        file.unlink()
+    other, name = (f"context_tower.layers.1.mixer.experts.{i}.up_proj.weight" for i in (0, 1))
+    everything[other] = everything[other].astype(np.float16)
+    everything[name] = np.full(everything[name].shape, 0x7F81, np.uint16).view(ml_dtypes.bfloat16)
+    save_file(everything, source / "model.safetensors")
+    with pytest.raises(tt.InputError, match=f"{name} holds a NaN that float32"):
+        convert(source, tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+def test_a_folder_named_params_is_no_checkpoint(tmp_path):
+    source = shutil.copytree(DATA / "tiny-0", tmp_path / "hf", copy_function=shutil.copyfile)
+    (source / "params").mkdir()
+    convert(source, source / "params" / "ours")
+    convert(source, tmp_path / "ours")
+    assert_same(tensors(DATA / "tiny-0"), tensors(source))
+
+
 def test_converted_loads_the_same_parameters(tiny, tmp_path):
     convert(DATA / "tiny-0", tmp_path / "ours")
     for dtype in ("float32", "bfloat16"):
@@ -172,6 +195,7 @@ def test_full_disk(tmp_path, option):
     command = [sys.executable, "-c", limited, "convert", str(DATA / "tiny-0"), str(tmp_path / "ours"), *option]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 2
+    assert ended.stderr.count("\n") == 1
     assert "twotower: cannot write " in ended.stderr
     assert not list(tmp_path.iterdir())
 

@@ -30,19 +30,24 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, cache: KVCache, s
       query: (B, L, H, P).
       key: (B, L, J, P), of the new positions.
       value: (B, L, J, P).
-      cache: the positions before, of which each row uses its first `span.start`.
+      cache: the positions before, of which each row uses those up to `span.start`; with fewer rows than B, each is
+        shared by as many rows in a sequence.
       span: the new positions.
 
     Returns:
       (B, L, H, P). Undefined, but finite, at padding.
     """
     rows, length, heads, width = query.shape
-    groups, capacity = cache.key.shape[1:3]
+    caches, groups, capacity = cache.key.shape[:3]
     chex.assert_shape([key, value], (rows, length, groups, width))
-    chex.assert_shape([cache.key, cache.value], (rows, groups, capacity, width))
+    chex.assert_shape([cache.key, cache.value], (caches, groups, capacity, width))
+    if rows > caches:
+        return _attend_shared(query, key, value, cache, span)
     query = query.reshape(rows, length, groups, heads // groups, width)
     cached = jnp.arange(capacity) < span.start[:, None]
-    real = jnp.arange(length) < span.count[:, None]
+    if span.first is not None:
+        cached &= jnp.arange(capacity) >= span.first[:, None]
+    real = span.real(length)
 
     def masked(scores, visible):
         # A finite floor: a row of padding sees nothing, and its softmax must stay finite.
@@ -51,6 +56,8 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, cache: KVCache, s
     def one(query, position):
         """query (B, J, R, P) at one position; batched over positions by `vmap`."""
         seen = real & (jnp.arange(length) <= position) if span.causal else real
+        if span.packing is not None:
+            seen &= span.packing.segments == span.packing.segments[:, position, None]
         old = masked(einsum("bjrp,bjtp->bjrt", query, cache.key, out=jnp.float32), cached)
         new = masked(einsum("bjrp,bsjp->bjrs", apart(query), key, out=jnp.float32), seen)
         top = jnp.maximum(old.max(-1), new.max(-1))[..., None]
@@ -65,6 +72,20 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, cache: KVCache, s
     piece = 1 << (piece.bit_length() - 1)  # divides the usual lengths: a remainder would be compiled once more
     out = jax.vmap(one)(*queries) if piece >= length else jax.lax.map(lambda q: one(*q), queries, batch_size=piece)
     return jnp.moveaxis(out, 0, 1).reshape(rows, length, heads, width)
+
+
+def _attend_shared(query, key, value, cache, span):
+    """M rows in a sequence share each row of the cache, which is not copied for them."""
+    caches = cache.key.shape[0]
+
+    def split(z):
+        return jnp.moveaxis(z.reshape(caches, -1, *z.shape[1:]), 1, 0)
+
+    arrays = jax.tree.map(split, (query, key, value, span))
+    size = query[0].size // query.shape[-1] * (cache.key.shape[2] + query.shape[1]) * caches  # scores of one of the M
+    together = max(1, MAX_SCORES // size)
+    out = jax.lax.map(lambda z: attend(*z[:3], cache, z[3]), arrays, batch_size=together)
+    return jnp.moveaxis(out, 0, 1).reshape(query.shape)
 
 
 def append(cache: KVCache, key: jax.Array, value: jax.Array, span: Span) -> KVCache:
@@ -96,4 +117,8 @@ class Attention(nn.Module):
             project("value", c.kv_heads),
         )
         y = attend(query, key, value, state, span).reshape(*x.shape[:2], -1)
-        return einsum("ble,ed->bld", y, p["out"]), append(state, key, value, span)
+        if span.packing is None:
+            state = append(state, key, value, span)
+        else:
+            state = KVCache(key=key.swapaxes(1, 2), value=value.swapaxes(1, 2))
+        return einsum("ble,ed->bld", y, p["out"]), state

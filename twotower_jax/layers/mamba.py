@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from twotower_jax.config import Config
 from twotower_jax.layers.linear import einsum
 from twotower_jax.layers.norm import rms_norm
-from twotower_jax.layers.ssm import selective_scan
+from twotower_jax.layers.ssm import packed_scan, selective_scan
 from twotower_jax.parameters import Parameter, declare, linear, normal
-from twotower_jax.state import MambaState, Span
+from twotower_jax.state import MambaState, Packing, Span
 
 
 def describe(c: Config) -> dict[str, Parameter]:
@@ -61,6 +61,33 @@ def causal_conv(x: jax.Array, tail: jax.Array, weight: jax.Array, bias: jax.Arra
     return y, jnp.take_along_axis(inputs, newest[..., None], axis=1)
 
 
+def packed_conv(x: jax.Array, packing: Packing, weight: jax.Array, bias: jax.Array | None):
+    """`causal_conv` over packed documents, each of which begins with zeros before it.
+
+    Args:
+      x: (B, L, C) raw inputs.
+      packing: the documents.
+      weight: (K, C).
+      bias: (C,) or None.
+
+    Returns:
+      (B, L, C) in float32, and the tail before each of the blocks, (B, M, K - 1, C).
+    """
+    (rows, length), taps = x.shape[:2], weight.shape[0]
+    inputs = jnp.pad(x, [(0, 0), (taps - 1, 0), (0, 0)])
+    owner = jnp.pad(packing.segments, [(0, 0), (taps - 1, 0)])
+    y = jnp.zeros(x.shape, jnp.float32) if bias is None else jnp.broadcast_to(bias.astype(jnp.float32), x.shape)
+    for k in range(taps):
+        own = owner[:, k : k + length] == packing.segments
+        y += jnp.where(own[..., None], inputs[:, k : k + length].astype(jnp.float32), 0.0) * weight[k].astype(
+            jnp.float32
+        )
+    row = jnp.arange(rows)[:, None]
+    newest = packing.blocks[..., None] + jnp.arange(taps - 1)
+    own = owner[row[..., None], newest] == packing.segments[row, packing.blocks][..., None]
+    return y, jnp.where(own[..., None], inputs[row[..., None], newest], 0)
+
+
 class Mamba(nn.Module):
     """x (B, L, D), MambaState, Span -> y (B, L, D), MambaState. Causal, whatever the span says."""
 
@@ -73,17 +100,35 @@ class Mamba(nn.Module):
         z, xbc, dt = jnp.split(
             einsum("bld,de->ble", x, p["in_proj"]), [c.mamba_width, c.mamba_width + c.conv_channels], axis=-1
         )
-        xbc, tail = causal_conv(xbc, state.conv, p["conv_weight"], p.get("conv_bias"), span.count)
+        if span.packing is None:
+            xbc, tail = causal_conv(xbc, state.conv, p["conv_weight"], p.get("conv_bias"), span.count)
+        else:
+            xbc, tail = packed_conv(xbc, span.packing, p["conv_weight"], p.get("conv_bias"))
         values, b, keys = jnp.split(
             nn.silu(xbc), [c.mamba_width, c.mamba_width + c.mamba_groups * c.state_size], axis=-1
         )
         values = values.reshape(rows, length, c.mamba_heads, c.mamba_head_dim)
         b, keys = (z_.reshape(rows, length, c.mamba_groups, c.state_size) for z_ in (b, keys))
         dt = jnp.clip(jax.nn.softplus(dt.astype(jnp.float32) + p["dt_bias"]), *c.time_step_limit)
-        real = jnp.arange(length) < span.count[:, None]
-        dt = jnp.where(real[..., None], dt, 0.0)
-        y, ssm = selective_scan(values, dt, -jnp.exp(p["a_log"]), b, keys, state.ssm, c.chunk_size)
+        dt = jnp.where(span.real(length)[..., None], dt, 0.0)
+        a = -jnp.exp(p["a_log"])
+        if span.packing is None:
+            y, ssm = selective_scan(values, dt, a, b, keys, state.ssm, c.chunk_size)
+        else:
+            y, ssm = _scan_documents(values, dt, a, b, keys, span.packing)
         y = (y + p["skip"][:, None] * values).reshape(rows, length, c.mamba_width)
         y = rms_norm(y * nn.silu(z.astype(jnp.float32)), p["norm"], c.norm_eps, groups=c.mamba_groups)
         y = einsum("ble,ed->bld", y.astype(x.dtype), p["out_proj"])
+        if span.packing is not None:
+            tail, ssm = (z_.reshape(-1, *z_.shape[2:]) for z_ in (tail, ssm))
         return y, MambaState(conv=tail, ssm=ssm)
+
+
+def _scan_documents(x, dt, a, b, c, packing: Packing):
+    """`packed_scan`, and the state before each of the blocks, (B, M, H, P, N): zeros where its document begins."""
+    segments, blocks, size = packing.segments, packing.blocks, packing.block_size
+    previous = jnp.pad(segments, [(0, 0), (1, 0)])[:, :-1]
+    y, before = packed_scan(x, dt, a, b, c, (segments > 0) & (segments != previous), size)
+    row = jnp.arange(x.shape[0])[:, None]
+    inside = previous[row, blocks] == segments[row, blocks]
+    return y, jnp.where(inside[..., None, None, None], before[row, blocks // size], 0.0)

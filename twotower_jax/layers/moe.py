@@ -8,7 +8,7 @@ from twotower_jax.config import Config
 from twotower_jax.layers import mlp
 from twotower_jax.layers.linear import apart, einsum
 from twotower_jax.parameters import Parameter, declare, linear, normal
-from twotower_jax.state import Span
+from twotower_jax.state import ExpertLoad, Span
 
 # Up to here one product over all experts; beyond it its (E, tokens, F) activations would take too much memory.
 TOKENS_AT_ONCE = 1024
@@ -102,15 +102,19 @@ def _in_turn(x, weights, up, down):
 
 
 class MoE(nn.Module):
-    """x (B, L, D), None, Span -> y (B, L, D), None."""
+    """x (B, L, D), None, Span -> y (B, L, D), None or the experts' load."""
 
     config: Config
 
     @nn.compact
-    def __call__(self, x: jax.Array, state: None, span: Span) -> tuple[jax.Array, None]:
+    def __call__(self, x: jax.Array, state: None, span: Span) -> tuple[jax.Array, ExpertLoad | None]:
         p = declare(self, describe(self.config), self.config)
         tokens = x.reshape(-1, x.shape[-1])
         experts, weights = route(tokens, p["router"], p["correction"], self.config)
         y = routed(tokens, experts, weights, p["up"], p["down"])
         y += mlp.mlp(tokens, p["shared_up"], p["shared_down"])
-        return y.astype(x.dtype).reshape(x.shape), None
+        load = None
+        if span.count_experts:
+            real = span.real(x.shape[1]).reshape(-1, 1).astype(jnp.int32)
+            load = jnp.zeros(self.config.experts, jnp.int32).at[experts].add(real)
+        return y.astype(x.dtype).reshape(x.shape), load

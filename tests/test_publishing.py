@@ -1,5 +1,6 @@
 """A folder is whole or absent, and what killed processes left is cleared away without touching what others make."""
 
+import contextlib
 import os
 import threading
 import time
@@ -7,7 +8,7 @@ import time
 import pytest
 
 import twotower_jax as tt
-from convert.publishing import absent, published
+from twotower_jax.publishing import absent, published
 
 
 def names(folder) -> list[str]:
@@ -48,13 +49,21 @@ def test_nothing_after_an_error(tmp_path):
     assert names(tmp_path) == []
 
 
+def test_no_parents_after_an_error(tmp_path):
+    (tmp_path / "there").mkdir()
+    fail(tmp_path / "there" / "new" / "deep" / "made", lambda folder: None)
+    assert names(tmp_path) == ["there"]
+    assert names(tmp_path / "there") == []
+
+
 def test_nothing_though_a_thread_writes_on(tmp_path):
     """A library's thread that makes its folder again for a while, after the error that ended its work."""
     stop = time.monotonic() + 1
 
     def write(folder):
         while time.monotonic() < stop:
-            os.makedirs(folder / "state", exist_ok=True)
+            with contextlib.suppress(OSError):  # removed while it was made
+                os.makedirs(folder / "state", exist_ok=True)
             time.sleep(0.02)
 
     fail(tmp_path / "made", lambda folder: threading.Thread(target=write, args=(folder,)).start())
@@ -100,6 +109,7 @@ def test_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("x")
     (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
     for path, message in {
         "file": "file exists; give a folder that does not",
         "dangling": "dangling exists",
@@ -108,8 +118,9 @@ def test_paths(tmp_path, monkeypatch):
         ".": "exists",
         "..": "exists",
         "file/..": "cannot be made|exists",
+        "loop/x": "cannot be made: Symlink loop",
     }.items():
         with pytest.raises(tt.InputError, match=message):
             absent(tmp_path / path)
     assert absent(tmp_path / "nope" / ".." / "y") == tmp_path / "y"
-    assert names(tmp_path) == ["dangling", "file"]
+    assert names(tmp_path) == ["dangling", "file", "loop"]

@@ -22,9 +22,12 @@ def absent(target: Path) -> Path:
     Raises:
       InputError: something is there, or nothing can be.
     """
-    if target.name in ("", ".."):
-        target = target.resolve()
-    target = target.parent.resolve() / target.name
+    try:
+        if target.name in ("", ".."):
+            target = target.resolve()
+        target = target.parent.resolve() / target.name
+    except (OSError, RuntimeError) as error:  # a loop of links
+        raise InputError(f"{target} cannot be made: {error}") from None
     for folder in target.parents:
         if folder.exists() and not folder.is_dir():
             raise InputError(f"{target} cannot be made: {folder} is a file")
@@ -48,6 +51,7 @@ def published(target: Path) -> Iterator[Path]:
     """
     prefix = f".{target.name[:40]}."  # a name may be as long as the file system allows
     folder = target.with_name(f"{prefix}{secrets.token_hex(4)}{SUFFIX}")
+    missing = [parent for parent in target.parents if not parent.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(target.parent, prefix)
@@ -63,6 +67,9 @@ def published(target: Path) -> Iterator[Path]:
             _rename(folder, target)
     except BaseException:
         _remove(folder)
+        for parent in missing:
+            with contextlib.suppress(OSError):  # not empty: another's
+                parent.rmdir()
         raise
 
 
