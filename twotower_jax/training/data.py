@@ -1,0 +1,208 @@
+"""Documents from files, tokenised when needed and packed into rows; a batch depends on files, seed and position."""
+
+import dataclasses
+import glob
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from twotower_jax.errors import InputError
+from twotower_jax.training.objective import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """Token ids; `prompt` of them are given and not learned."""
+
+    tokens: np.ndarray
+    prompt: int
+
+
+class Documents:
+    """The documents of files, by number; an index of their places is all that is held.
+
+    Args:
+      patterns: of files, .jsonl or text.
+      encode: text to token ids.
+      eos: id that ends every document, if it does not end with it already.
+      vocab_size: V.
+
+    Raises:
+      InputError: no file, an empty one, one that is not UTF-8, or a line that is not a document.
+    """
+
+    def __init__(self, patterns: tuple[str, ...], encode: Callable[[str], list[int]], eos: int, vocab_size: int):
+        self._encode, self._eos, self._vocab = encode, eos, vocab_size
+        self._files = [Path(name) for pattern in patterns for name in sorted(glob.glob(pattern, recursive=True))]
+        for pattern in patterns:
+            if not glob.glob(pattern, recursive=True):
+                raise InputError(f"data.files: {pattern} names no file")
+        places = [_places(file) for file in self._files]
+        for file, found in zip(self._files, places, strict=True):
+            if not len(found):
+                raise InputError(f"{file} is empty: it has no document")
+        self._places = np.concatenate(places)  # (n, 3): first byte, length, line
+        self._file = np.repeat(np.arange(len(self._files)), [len(found) for found in places])
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, number: int) -> Document:
+        file = self._files[self._file[number]]
+        start, length, line = (int(x) for x in self._places[number])
+        try:
+            with open(file, "rb") as handle:
+                handle.seek(start)
+                raw = handle.read(length)
+        except OSError as error:
+            raise InputError(f"cannot read {file}: {error.strerror}") from None
+        try:
+            text = raw.decode()
+        except UnicodeDecodeError as error:
+            raise InputError(f"{file}, line {line}: not UTF-8: {error.reason} at byte {start + error.start}") from None
+        prompt, text = _record(text, f"{file}, line {line}") if file.suffix == ".jsonl" else ("", text)
+        given = self._encode(prompt) if prompt else []
+        tokens = np.asarray(given + self._encode(text), np.int64)
+        if len(tokens) == 0 or tokens[-1] != self._eos:
+            tokens = np.append(tokens, self._eos)
+        if tokens.max() >= self._vocab:
+            raise InputError(
+                f"{file}, line {line}: the tokenizer gives id {tokens.max()}, the model's ids end at {self._vocab - 1}"
+            )
+        return Document(tokens.astype(np.int32), len(given))
+
+
+def _places(file: Path) -> np.ndarray:
+    """(n, 3): first byte, length and line number of each document: a line of .jsonl, else what empty lines part."""
+    jsonl = file.suffix == ".jsonl"
+    places: list[tuple[int, int, int]] = []
+    at, open_start, open_line = 0, None, 0
+    try:
+        with open(file, "rb") as handle:
+            for number, line in enumerate(handle, start=1):
+                blank = not line.strip()
+                if jsonl and not blank:
+                    places.append((at, len(line), number))
+                elif not jsonl and blank and open_start is not None:
+                    places.append((open_start, at - open_start, open_line))
+                    open_start = None
+                elif not jsonl and not blank and open_start is None:
+                    open_start, open_line = at, number
+                at += len(line)
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {error.strerror}") from None
+    if open_start is not None:
+        places.append((open_start, at - open_start, open_line))
+    return np.asarray(places, np.int64).reshape(-1, 3)
+
+
+def _record(line: str, where: str) -> tuple[str, str]:
+    """Prompt and text of a line of JSON."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not JSON: {error}") from None
+    if isinstance(record, dict) and isinstance(record.get("text"), str) and record["text"]:
+        return "", record["text"]
+    if isinstance(record, dict) and all(isinstance(record.get(name), str) for name in ("prompt", "completion")):
+        return record["prompt"], record["completion"]
+    raise InputError(f'{where}: must be {{"text": "..."}} or {{"prompt": "...", "completion": "..."}}')
+
+
+@dataclasses.dataclass
+class Position:
+    """Where a stream is: the next document is number `index` of an epoch's order, from token `token` on."""
+
+    epoch: int = 0
+    index: int = 0
+    token: int = 0
+
+
+class Packer:
+    """Batches from documents that are shuffled anew each epoch. `position` says all that the next batch depends on.
+
+    A document's blocks begin where its completion does; what is before is padded to whole blocks on its left, and its
+    last block is filled with EOS, so that the denoiser learns what stands after an end. A document longer than a row
+    goes on in the next, as if it began there.
+
+    Args:
+      documents: by number.
+      rows: B.
+      length: L.
+      blocks: M, most denoised blocks of a row.
+      block_size: S; 1, with L blocks, in AR training, which knows none.
+      seed: of the order.
+      eos: what fills a last block.
+      position: where to begin.
+    """
+
+    def __init__(
+        self,
+        documents: Any,
+        rows: int,
+        length: int,
+        blocks: int,
+        block_size: int,
+        seed: int,
+        eos: int,
+        position: Position | None = None,
+    ):
+        self._documents = documents
+        self._rows, self._length, self._blocks, self._size = rows, length, blocks, block_size
+        self._seed, self._eos = seed, eos
+        self.position = position or Position()
+        self._order_epoch = -1
+
+    def _number(self) -> int:
+        """The next document's number, going on to the next epoch where one ends."""
+        if self.position.index >= len(self._documents):
+            self.position = Position(self.position.epoch + 1)
+        p = self.position
+        if self._order_epoch != p.epoch:
+            self._order = np.random.default_rng([self._seed, p.epoch]).permutation(len(self._documents))
+            self._order_epoch = p.epoch
+        return int(self._order[p.index])
+
+    def _piece(self) -> tuple[np.ndarray, int, int]:
+        """Tokens that begin or continue a document, how many of them are given, and where it goes on (0: nowhere)."""
+        document = self._documents[self._number()]
+        tokens, prompt = document.tokens[self.position.token :], max(0, document.prompt - self.position.token)
+        if prompt:  # of a long prompt the end counts, with room for a first block
+            room = (self._length - self._size) // self._size * self._size
+            cut = max(0, prompt - room)
+            tokens, prompt = tokens[cut:], prompt - cut
+        room = min(self._length - (prompt + -prompt % self._size), self._blocks * self._size)
+        used = min(len(tokens), prompt + room)
+        after = len(document.tokens) - len(tokens) + used if used < len(tokens) else 0
+        return tokens[:used], prompt, after
+
+    def __next__(self) -> Batch:
+        """The next batch, in numpy."""
+        shape, size = (self._rows, self._length), self._size
+        tokens, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        targets = np.zeros(shape, bool)
+        starts = np.full((self._rows, self._blocks), -1, np.int32)
+        for row in range(self._rows):
+            at = number = used = 0
+            while True:
+                piece, prompt, after = self._piece()
+                pad = -prompt % size
+                completion = len(piece) - prompt
+                blocks = -(-completion // size)
+                end = at + pad + prompt + blocks * size
+                if end > self._length or used + blocks > self._blocks:
+                    break
+                first = at + pad
+                number += 1
+                tokens[row, first:end] = self._eos
+                tokens[row, first : first + len(piece)] = piece
+                segments[row, first:end] = number
+                targets[row, first + prompt : end] = True
+                starts[row, used : used + blocks] = first + prompt + size * np.arange(blocks)
+                used, at = used + blocks, end
+                p = self.position
+                self.position = dataclasses.replace(p, token=after) if after else Position(p.epoch, p.index + 1)
+        return Batch(tokens, segments, targets, starts)

@@ -1,0 +1,152 @@
+"""Where a run begins: the model's parameters, what of them is trained, the documents; and how its result is written."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tokenizers import Tokenizer
+
+from twotower_jax import checkpoint, inputs, sources, two_tower
+from twotower_jax.config import BACKBONE_ARCHITECTURE, Config, as_two_towers, parse_config, read_json
+from twotower_jax.errors import InputError
+from twotower_jax.layers import time_conditioning
+from twotower_jax.parameters import flatten, initialize, unflatten
+from twotower_jax.publishing import published
+from twotower_jax.tokenizer import load_tokenizer
+from twotower_jax.training.config import TrainingConfig
+from twotower_jax.training.data import Documents
+from twotower_jax.training.sharding import Placement
+
+
+class Fresh:
+    """A backbone of random weights, in the place of a checkpoint folder."""
+
+    two_towers = False
+
+    def __init__(self, folder: Path, seed: int):
+        self.folder = folder
+        self.raw_config: dict[str, Any] = read_json(folder / "config.json")
+        self.config: Config = parse_config(self.raw_config)
+        self._params = initialize(
+            two_tower.describe(self.config, False), self.config, jax.random.key(seed), jnp.dtype(jnp.float32)
+        )
+        self._description = dict(flatten(two_tower.describe(self.config, False)))
+
+    def dtype(self, path: tuple[str, ...]) -> np.dtype:
+        return np.dtype(np.float32) if self._description[path].float32 else np.dtype(jnp.bfloat16)
+
+    def read(self, path: tuple[str, ...]) -> np.ndarray:
+        return np.asarray(dict(flatten(self._params))[path])
+
+
+class Start:
+    """What a run trains.
+
+    Attributes:
+      config: dimensions.
+      frozen: {"tower", "head"} of the context tower; nothing when it is trained itself.
+      dtypes: of compute, for each trained parameter.
+      documents: the data.
+      eos: the id that ends a document.
+      placement: the devices.
+
+    Raises:
+      InputError: the model, the data or the devices do not fit the run.
+    """
+
+    def __init__(self, c: TrainingConfig):
+        self._c = c
+        folder = sources.locate(c.model)
+        has_weights = checkpoint.is_converted(folder) or any(folder.glob("*.safetensors"))
+        self._source = sources.open_folder(folder) if has_weights else Fresh(folder, c.seed)
+        self.config: Config = self._source.config
+        if c.objective == "ar" and self._source.two_towers:
+            raise InputError(f"{c.model} has two towers; objective ar trains a backbone")
+        if c.objective != "ar" and not has_weights:
+            raise InputError(f"{c.model} has no weights; objective {c.objective} starts from a trained backbone")
+        if c.mask_token_id >= self.config.vocab_size:
+            raise InputError(f"mask_token_id {c.mask_token_id}: ids go from 0 to {self.config.vocab_size - 1}")
+        self._tokenizer_file, tokenizer = self._tokenizer(folder)
+        if not self.config.eos_token_ids:
+            raise InputError(f"{c.model}: config.json names no eos_token_id, which ends a document")
+        self.eos = self.config.eos_token_ids[0]
+        self.documents = Documents(
+            c.data.files,
+            lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
+            self.eos,
+            self.config.vocab_size,
+        )
+        self.placement = Placement(jax.devices(), c.data.rows // c.accumulate)
+        dtype = inputs.dtype(c.dtype)
+        description = two_tower.describe(self.config, c.objective != "ar")
+        part = description["context" if c.objective == "ar" else "denoiser"]
+        self.dtypes = jax.tree.map(lambda p: jnp.dtype(jnp.float32) if p.float32 else dtype, part)
+        self.frozen = {}
+        if c.objective == "denoise":
+            self.frozen = self._read(description["context"], "context", dtype)
+
+    def _tokenizer(self, folder: Path) -> tuple[Path, Tokenizer]:
+        given = self._c.data.tokenizer
+        home = sources.SHIPPED / "demo" if given == "bytes" else folder
+        file = home / "tokenizer.json" if given in ("", "bytes") else Path(given)
+        tokenizer = load_tokenizer(file.parent) if file.name == "tokenizer.json" else None
+        if tokenizer is None:
+            raise InputError(f"{file} is no tokenizer; give data.tokenizer: a path to a tokenizer.json, or bytes")
+        size, vocab = tokenizer.get_vocab_size(), self.config.vocab_size
+        if size > vocab:
+            raise InputError(f"{file} has {size} tokens, more than the model's vocabulary of {vocab}")
+        return file, tokenizer
+
+    def _read(self, description: dict, tower: str, dtype: np.dtype) -> dict:
+        """A tower's parameters on the devices, in `dtype` or float32."""
+        params = {}
+        for path, p in flatten(description):
+            value = self._source.read((tower, *path)).astype(np.float32 if p.float32 else dtype)
+            params[path] = self.placement.put(value)
+        return unflatten(params)
+
+    def trained(self) -> dict:
+        """The parameters that are trained as the run begins, float32: a denoiser's are its own, or the backbone's."""
+        description = two_tower.describe(self.config, True)
+        dtype = np.dtype(np.float32)
+        if self._c.objective == "ar":
+            return self._read(description["context"], "context", dtype)
+        own = description["denoiser"]
+        if self._source.two_towers:
+            return self._read(own, "denoiser", dtype)
+        params = self._read({name: own[name] for name in ("tower", "head")}, "context", dtype)
+        time = initialize(
+            time_conditioning.describe(self.config), self.config, jax.random.key(self._c.seed), jnp.dtype(jnp.float32)
+        )
+        return params | {"time": self.placement.put(time)}
+
+    def export(self, trained: dict, folder: Path) -> None:
+        """Writes the model as a converted checkpoint, in the dtypes that the source has; an earlier one is replaced."""
+        ar = self._c.objective == "ar"
+        description = two_tower.describe(self.config, not ar)
+        values = {(("context" if ar else "denoiser"), *path): value for path, value in flatten(trained)}
+        raw = dict(self._source.raw_config)
+        raw = raw | {"architectures": [BACKBONE_ARCHITECTURE]} if ar else as_two_towers(raw, self.config)
+        if folder.exists():
+            shutil.rmtree(folder)
+        with published(folder) as unfinished:
+            writer = checkpoint.Writer(unfinished, not ar, {})
+            for path, p in flatten(description):
+                like = ("context", *path[1:]) if path[1] != "time" else ("context", "tower", "embeddings")
+                if path in values:
+                    value = np.asarray(values[path])
+                elif self._c.objective == "tied":
+                    value = np.asarray(values["denoiser", *path[1:]])
+                else:
+                    value = self._source.read(path)
+                writer.add(path, p, value.astype(self._source.dtype(like)))
+            writer.finish()
+            for name in sources.TOKENIZER_FILES:
+                if (self._source.folder / name).is_file():
+                    shutil.copyfile(self._source.folder / name, unfinished / name)
+            shutil.copyfile(self._tokenizer_file, unfinished / "tokenizer.json")
+            (unfinished / "config.json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
