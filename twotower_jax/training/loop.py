@@ -88,7 +88,7 @@ def make_update(config: Config, c: TrainingConfig, dtypes: Any, block_size: int)
         loads = jax.tree.map(lambda z: z.sum(0), loads)
         if c.objective == "ar" and loads:
             trained = trained | {"tower": balance_experts(trained["tower"], loads, c.router_rate)}
-        metrics = {"loss": total / weight, "gradient_norm": optax.global_norm(gradients), "targets": weight}
+        metrics = {"loss": total / weight, "gradient_norm": optax.tree.norm(gradients), "targets": weight}
         if loads:
             metrics["busiest_expert"] = jnp.stack([z.max() / jnp.maximum(z.mean(), 1e-9) for z in loads.values()]).max()
         return trained, state, metrics

@@ -126,7 +126,8 @@ def denoising_loss(
       key: of the noise.
 
     Returns:
-      the sum, its weight, and the experts' loads. With `elbo_weight` a block counts by 1 / t over S.
+      the sum, its weight, and the experts' loads. With `elbo_weight` a block counts by 1 / max(t, 1 / S) over S; the
+      bound is there because a block has one mask at least.
     """
     noise = add_noise(c, batch, size, key)
     packing = Packing(batch.segments, jnp.maximum(batch.blocks, 0), size)

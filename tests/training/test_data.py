@@ -1,0 +1,150 @@
+"""Packing keeps every token of every document, blocks begin where completions do, and a position is all that counts."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+import twotower_jax as tt
+from twotower_jax.training.data import Document, Documents, Packer
+
+EOS = 9
+
+
+def documents(count=40, longest=30, seed=0):
+    rng = np.random.default_rng(seed)
+    made = []
+    for number in range(count):
+        length = int(rng.integers(1, longest))
+        tokens = np.append(rng.integers(10, 99, length), EOS).astype(np.int32)
+        tokens[0] = 100 + number
+        made.append(Document(tokens, int(rng.integers(0, length + 1))))
+    return made
+
+
+def pieces(batch):
+    """(tokens, targets, starts of blocks) of each document of a batch."""
+    for row in range(len(batch.tokens)):
+        for number in range(1, batch.segments[row].max() + 1):
+            here = np.flatnonzero(batch.segments[row] == number)
+            assert (np.diff(here) == 1).all()
+            starts = [start - here[0] for start in batch.blocks[row] if start in here]
+            yield batch.tokens[row, here], batch.targets[row, here], starts
+
+
+@pytest.mark.parametrize("size", [1, 8])
+def test_an_epoch_has_every_document_once(size):
+    made = documents()
+    packer = Packer(made, rows=3, length=48, blocks=48 // size, block_size=size, seed=1, eos=EOS)
+    seen = []
+    while packer.position.epoch == 0:
+        for tokens, targets, starts in pieces(next(packer)):
+            document = made[tokens[0] - 100]
+            length = len(document.tokens)
+            np.testing.assert_array_equal(tokens[:length], document.tokens)
+            assert (tokens[length:] == EOS).all()
+            assert len(tokens) - length < size
+            assert not targets[: document.prompt].any()
+            assert targets[document.prompt :].all()
+            assert starts == list(range(document.prompt, len(tokens), size))
+            seen.append(tokens[0] - 100)
+    assert set(seen) == set(range(len(made)))
+    assert sorted(seen)[: len(made)] != seen[: len(made)]
+    assert len(seen) == len(set(seen)) or packer.position.index  # a last batch may hold documents of the next epoch
+
+
+def test_blocks_begin_at_multiples():
+    packer = Packer(documents(), rows=3, length=48, blocks=6, block_size=8, seed=1, eos=EOS)
+    for _ in range(5):
+        batch = next(packer)
+        assert (batch.blocks[batch.blocks >= 0] % 8 == 0).all()
+        rows, columns = np.nonzero(batch.targets)
+        covered = {(row, start + i) for row in range(3) for start in batch.blocks[row] if start >= 0 for i in range(8)}
+        assert covered == set(zip(rows.tolist(), columns.tolist(), strict=True))
+
+
+def test_no_more_blocks_than_asked_for():
+    packer = Packer(documents(longest=20), rows=2, length=64, blocks=3, block_size=8, seed=0, eos=EOS)
+    for _ in range(10):
+        batch = next(packer)
+        assert batch.blocks.shape == (2, 3)
+        assert batch.targets.sum() == 8 * (batch.blocks >= 0).sum()
+
+
+def test_long_documents_go_on():
+    """Text in as many pieces as it needs; of a long prompt the end stays."""
+    text = Document(np.arange(100, 250, dtype=np.int32), 0)
+    packer = Packer([text], rows=4, length=48, blocks=6, block_size=8, seed=0, eos=EOS)
+    batch = next(packer)
+    assert packer.position.epoch == 1 or packer.position.index == 1
+    np.testing.assert_array_equal(np.concatenate([t[t != EOS] for t, _, _ in pieces(batch)]), text.tokens)
+    asked = Document(np.append(np.arange(100, 200), [1, 2, 3, EOS]).astype(np.int32), 100)
+    batch = next(Packer([asked], rows=1, length=48, blocks=6, block_size=8, seed=0, eos=EOS))
+    ((tokens, targets, starts),) = pieces(batch)
+    np.testing.assert_array_equal(tokens, [*range(160, 200), 1, 2, 3, EOS, *[EOS] * 4])
+    assert starts == [40]
+    assert targets.sum() == 8
+
+
+@pytest.mark.parametrize("batches", [1, 7, 20])
+def test_a_position_is_all_that_counts(batches):
+    """A packer that begins where another is gives what that one gives, in this epoch and the next ones."""
+    arguments = {"rows": 3, "length": 40, "blocks": 5, "block_size": 8, "seed": 3, "eos": EOS}
+    one = Packer(documents(longest=90), **arguments)
+    for _ in range(batches):
+        next(one)
+    other = Packer(documents(longest=90), **arguments, position=dataclasses.replace(one.position))
+    for _ in range(10):
+        for a, b in zip(dataclasses.astuple(next(one)), dataclasses.astuple(next(other)), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def encode(text):
+    return [ord(c) - 32 for c in text]
+
+
+def read(*files, vocab=96):
+    found = Documents(tuple(map(str, files)), encode, EOS, vocab)
+    return [found[i] for i in range(len(found))]
+
+
+def test_files(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "hi"}\n\n{"prompt": "q", "completion": "ab)"}\n')
+    (tmp_path / "b.txt").write_text("one\n\n\ntwo")
+    found = read(tmp_path / "*")
+    assert [(d.tokens.tolist(), d.prompt) for d in found[:2]] == [([72, 73, EOS], 0), ([81, 65, 66, EOS], 1)]
+    assert len(found) == 4
+    assert found[3].tokens.tolist() == [*encode("two"), EOS]
+
+
+BAD = {
+    "empty.jsonl": (b"", "is empty: it has no document"),
+    "blank.txt": (b"\n\n", "is empty: it has no document"),
+    "latin.jsonl": (b'{"text": "a"}\n{"text": "\xe9"}\n', "latin.jsonl, line 2: not UTF-8"),
+    "text.jsonl": (b'{"text": "a"}\nhello\n', "text.jsonl, line 2: not JSON"),
+    "list.jsonl": (b"[1]\n", 'line 1: must be {"text"'),
+    "other.jsonl": (b'{"prompt": "a"}\n', 'line 1: must be {"text"'),
+    "number.jsonl": (b'{"text": 5}\n', 'line 1: must be {"text"'),
+    "large.jsonl": (b'{"text": "~~"}\n', "the tokenizer gives id 94, the model's ids end at 90"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_files(tmp_path, name):
+    content, message = BAD[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(tt.InputError) as error:
+        read(tmp_path / name, vocab=91)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_no_files(tmp_path):
+    with pytest.raises(tt.InputError, match="names no file"):
+        read(tmp_path / "*.jsonl")
+
+
+def test_json_escapes(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "a b"}) + "\n")
+    assert read(tmp_path / "a.jsonl")[0].tokens.tolist() == [65, 0, 66, EOS]

@@ -1,0 +1,190 @@
+"""A run that is stopped and goes on is the same run; only what is to be trained changes."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import largest_difference
+
+import twotower_jax as tt
+from convert import convert
+from twotower_jax.training import data
+from twotower_jax.training.loop import run
+from twotower_jax.training.start import Start
+
+
+def trained(c):
+    ended = run(c, Start(c))
+    assert ended.finished
+    return tt.load(f"{c.output}/model", dtype="float32")
+
+
+def losses(c) -> list[tuple[int, float]]:
+    with open(f"{c.output}/metrics.jsonl") as file:
+        return [(line["step"], line["loss"]) for line in map(json.loads, file)]
+
+
+def stop_at(monkeypatch, number, batch):
+    """A signal while a batch is made."""
+    made, count = data.Packer.__next__, [0]
+
+    def counted(self):
+        count[0] += 1
+        if count[0] == batch:
+            signal.raise_signal(number)
+        return made(self)
+
+    monkeypatch.setattr(data.Packer, "__next__", counted)
+
+
+def test_resumed_is_uninterrupted(settings, backbone, monkeypatch):
+    """Losses and parameters, bit for bit; stopped within a stage, at its end, and in the next one."""
+    whole = settings("denoise", "whole", backbone, two_stages=True)
+    expected = trained(whole)
+    c = settings("denoise", "stopped", backbone, two_stages=True)
+    done = 0
+    for number, batch in (signal.SIGTERM, 2), (signal.SIGINT, 2), (signal.SIGTERM, 1):
+        with monkeypatch.context() as patch:
+            stop_at(patch, number, batch)
+            ended = run(c, Start(c))
+        done += batch
+        assert (ended.step, ended.finished) == (done, False)
+        assert not os.path.exists(f"{c.output}/model")
+    model = trained(c)
+    assert losses(c) == losses(whole)
+    assert [step for step, _ in losses(c)] == list(range(1, 9))
+    assert largest_difference(model.params, expected.params) == 0
+
+
+def test_denoiser_alone_changes(settings, backbone, home):
+    """The context tower's bytes are the backbone's; the denoiser starts as its copy and moves."""
+    base = tt.load(home / backbone, dtype="float32")
+    c = settings("denoise", "two", backbone)
+    begun = Start(c).trained()
+    for name in ("tower", "head"):
+        assert largest_difference(begun[name], base.params["context"][name]) == 0
+    model = trained(c)
+    assert largest_difference(model.params["context"], base.params["context"]) == 0
+    for name in ("tower", "head", "time"):
+        assert largest_difference(model.params["denoiser"][name], begun[name]) > 1e-4
+    assert losses(c)[-1][1] < losses(c)[0][1]
+    convert(f"{c.output}/model", home / "hf", hf=True)  # and NVIDIA's layout of it is the same model
+    prompt = [[40, 41, 42]]
+    again = tt.load(home / "hf", dtype="float32")
+    assert again.generate_mask_diffusion(prompt, 16).tokens == model.generate_mask_diffusion(prompt, 16).tokens
+
+
+def test_fresh_towers_are_the_backbone(settings, backbone, home):
+    """At step 0 mock-AR is AR, token for token."""
+    base = tt.load(home / backbone, dtype="float32")
+    c = settings("denoise", "two", backbone)
+    params = {"context": base.params["context"], "denoiser": Start(c).trained()}
+    model = tt.Model(base.config, params)
+    prompts = [[40, 41, 42], [50] * 9]
+    assert model.generate_mock_ar(prompts, 24).tokens == base.generate_ar(prompts, 24).tokens
+
+
+def test_tied_towers_are_one(settings, backbone):
+    model = trained(settings("tied", "tied", backbone))
+    for name in ("tower", "head"):
+        assert largest_difference(model.params["context"][name], model.params["denoiser"][name]) == 0
+
+
+def test_parts_of_a_step_add_up(settings):
+    """AR has no noise, whose keys are the parts' own: two halves of the rows are one step's."""
+    one = trained(settings("ar", "one"))
+    two = trained(settings("ar", "two", more="accumulate = 2\nremat = true"))
+    assert 0 < largest_difference(one.params, two.params) < 2e-2  # exported in bfloat16
+
+
+def test_ar_weight_keeps_mock_ar(settings, backbone):
+    """With the weight the denoiser's next-token loss is part of its own."""
+    plain, mixed = (settings("denoise", f"w{w}", backbone, f"ar_weight = {w}") for w in (0.0, 1.0))
+    trained(plain)
+    trained(mixed)
+    assert losses(mixed)[0][1] > losses(plain)[0][1] + 1
+
+
+def test_bfloat16_compute_keeps_float32_masters(settings):
+    c = dataclasses.replace(settings("ar"), dtype="bfloat16")
+    start = Start(c)
+    assert {leaf.dtype for leaf in jax.tree.leaves(start.trained())} == {jnp.dtype(jnp.float32)}
+    model = trained(c)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(model.params))
+
+
+def test_another_run_in_the_same_folder(settings):
+    trained(settings("ar"))
+    other = settings("ar", more="weight_decay = 0.5")
+    with pytest.raises(tt.InputError, match="holds a run with another weight_decay"):
+        run(other, Start(other))
+
+
+def test_bad_starts(settings, home):
+    (home / "bare").mkdir()
+    (home / "bare" / "config.json").write_text((home / "base" / "config.json").read_text())
+    cases = {
+        "starts from a trained backbone": settings("denoise"),
+        "objective ar trains a backbone": dataclasses.replace(settings("ar"), model="demo"),
+        "is no tokenizer": dataclasses.replace(
+            settings("ar"), data=dataclasses.replace(settings("ar").data, tokenizer="")
+        ),
+        "mask_token_id 999": dataclasses.replace(settings("ar"), mask_token_id=999),
+    }
+    for message, c in cases.items():
+        with pytest.raises(tt.InputError, match=message):
+            Start(c)
+
+
+def test_tokenizer_larger_than_the_vocabulary(settings, home):
+    raw = json.loads((home / "base" / "config.json").read_text())
+    (home / "base" / "config.json").write_text(json.dumps(raw | {"vocab_size": 100}))
+    with pytest.raises(tt.InputError, match="tokens, more than the model's vocabulary of 100"):
+        Start(settings("ar"))
+
+
+def test_eight_devices_are_one(settings, home):
+    """The loss curve of rows and parameters over 8 devices is one device's within float error."""
+    file = home / "run.toml"
+    curves = []
+    for count in (1, 8):
+        settings("ar", more="")
+        file.write_text(
+            file.read_text().replace("rows = 4", "rows = 8").replace('output = "run"', f'output = "n{count}"')
+        )
+        environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
+        command = [sys.executable, "-m", "twotower_jax.cli", "train", str(file)]
+        subprocess.run(command, check=True, env=environment, capture_output=True)
+        with open(home / f"n{count}" / "metrics.jsonl") as lines:
+            curves.append([json.loads(line)["loss"] for line in lines])
+    assert len(curves[0]) == 4
+    np.testing.assert_allclose(curves[0], curves[1], rtol=2e-5)
+
+
+@pytest.mark.slow
+def test_kill_nine_times_ten(settings, home):
+    """Killed at ten random moments and started again each time: the same losses and parameters as without."""
+    whole = settings("ar", "whole")
+    expected = trained(whole)
+    settings("ar", "killed")
+    command = [sys.executable, "-m", "twotower_jax.cli", "train", str(home / "killed.toml")]
+    rng = random.Random(0)
+    for _ in range(10):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(rng.uniform(1, 25))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(command, check=True, capture_output=True)
+    c = settings("ar", "killed")
+    assert losses(c) == losses(whole)
+    model = tt.load(f"{c.output}/model", dtype="float32")
+    assert largest_difference(model.params, expected.params) == 0
