@@ -181,7 +181,7 @@ BAD = [
     ({"rows": [0, 1]}, "a number for each of 1 prompts"),
     ({"rows": 5}, "rows must be a list of whole numbers"),
     ({"eos_token_id": 1.5}, "eos_token_id must be a whole number"),
-    ({"eos_token_id": object()}, "eos_token_id must be a whole number"),
+    ({"eos_token_id": dict}, "eos_token_id must be a whole number"),
     ({"temperature": 10**400}, "temperature must be a number"),
     ({"temperature": "0"}, "temperature must be a number"),
     ({"top_k": True}, "top_k must be a whole number"),

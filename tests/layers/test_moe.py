@@ -1,4 +1,4 @@
-"""Routing against a plain loop; the three ways of running the experts."""
+"""Routing against a plain loop; the ways of running the experts."""
 
 import dataclasses
 
@@ -66,9 +66,11 @@ def test_router_is_float32():
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
 @pytest.mark.parametrize("tokens", [1, 2, 16, moe.TOKENS_AT_ONCE, moe.TOKENS_AT_ONCE + 1, 2000])
-def test_every_chosen_expert_answers(tokens):
-    """Every implementation (the number of tokens chooses it) is the plain sum; most tokens choose the same expert."""
+def test_every_chosen_expert_answers(tokens, backend, monkeypatch):
+    """Every implementation (tokens and backend choose it) is the plain sum; most tokens choose the same expert."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     rng = np.random.default_rng(tokens)
     total, chosen, width, inner = 12, 2, 8, 6
     x, up, down = (

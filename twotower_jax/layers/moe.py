@@ -13,6 +13,8 @@ from twotower_jax.state import ExpertLoad, Span
 # Up to here one product over all experts; beyond it its (E, tokens, F) activations would take too much memory.
 TOKENS_AT_ONCE = 1024
 
+TILE = 128  # tokens of one expert that a CPU multiplies together
+
 
 def describe(c: Config) -> dict[str, Parameter]:
     weights = normal(c.initializer_range)
@@ -73,6 +75,8 @@ def routed(x: jax.Array, experts: jax.Array, weights: jax.Array, up: jax.Array, 
     tokens, total = x.shape[0], up.shape[0]
     if 3 * experts.size <= total:  # a picked expert is read, written and read again
         return _picked(x, experts, weights, up, down)
+    if tokens > TOKENS_AT_ONCE and jax.default_backend() == "cpu":
+        return _in_tiles(x, experts, weights, up, down)
     spread = jnp.zeros((tokens, total)).at[jnp.arange(tokens)[:, None], experts].set(weights)
     return (_together if tokens <= TOKENS_AT_ONCE else _in_turn)(x, spread, up, down)
 
@@ -99,6 +103,23 @@ def _in_turn(x, weights, up, down):
         return total + weight[:, None] * out, None
 
     return jax.lax.scan(add, jnp.zeros(x.shape, jnp.float32), (up, down, weights.T))[0]
+
+
+def _in_tiles(x, experts, weights, up, down):
+    """The chosen experts alone, for many tokens: sorted by expert, in tiles of one expert each; weights (tokens, k)."""
+    (tokens, chosen), total = experts.shape, up.shape[0]
+    count = tokens * chosen // TILE + total  # as many as are needed when every expert's last tile is nearly empty
+    expert, order = jax.lax.sort_key_val(experts.reshape(-1), jnp.arange(tokens * chosen))
+    load = jnp.zeros(total, jnp.int32).at[expert].add(1)
+    tiles = -(-load // TILE)
+    ends = jnp.cumsum(tiles)
+    place = (ends - tiles)[expert] * TILE + jnp.arange(tokens * chosen) - (jnp.cumsum(load) - load)[expert]
+    owner = jnp.minimum(jnp.searchsorted(ends, jnp.arange(count), side="right"), total - 1)
+    tiled = jnp.zeros((count * TILE, x.shape[1]), x.dtype).at[place].set(x[order // chosen], unique_indices=True)
+    hidden = mlp.relu2(einsum("ntd,ndf->ntf", tiled.reshape(count, TILE, -1), up[owner]))
+    out = einsum("ntf,nfd->ntd", hidden, down[owner], out=jnp.float32).reshape(count * TILE, -1)
+    out = out[place] * weights.reshape(-1)[order][:, None]
+    return jnp.zeros(x.shape, jnp.float32).at[order // chosen].add(out)
 
 
 class MoE(nn.Module):
