@@ -1,8 +1,12 @@
 """Golden checkpoints and what NVIDIA's reference printed for them (see tests/data/README.md)."""
 
+import atexit
 import functools
 import gc
 import json
+import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import jax
@@ -12,6 +16,13 @@ import pytest
 import twotower_jax as tt
 
 DATA = Path(__file__).parent / "data"
+
+# A program that several tests need, in this process or in those they start, is compiled once a run.
+PROGRAMS = tempfile.mkdtemp()
+atexit.register(shutil.rmtree, PROGRAMS, ignore_errors=True)
+for name, value in {"jax_compilation_cache_dir": PROGRAMS, "jax_persistent_cache_min_compile_time_secs": 0.3}.items():
+    jax.config.update(name, value)
+    os.environ[name.upper()] = str(value)
 
 
 @functools.cache

@@ -178,3 +178,18 @@ def test_convert(capsys, tmp_path):
     status, _, err = run(capsys, "convert", TINY, str(tmp_path / "ours"))
     assert status == 2
     assert "exists; give a folder that does not" in err
+
+
+def test_demo(capsys):
+    """The tour: every mode on the same prompts, and what it says of them is so."""
+    result = run_json(capsys, "demo")
+    ar = result["modes"]["ar"]
+    assert ar["exact_match"] > result["modes"]["diffusion"]["exact_match"] > 0
+    assert ar["tokens_per_forward"] == 1
+    assert result["modes"]["diffusion, 4 steps"]["tokens_per_forward"] > 1.5
+    prompts = [row["prompt"] for row in ar["rows"]]
+    for mode in result["modes"].values():
+        assert [row["prompt"] for row in mode["rows"]] == prompts
+        assert mode["exact_match"] == sum(row["right"] for row in mode["rows"]) / len(prompts)
+    alone = run_json(capsys, "generate", "demo", "--prompt", prompts[0], "--mode", "ar", "--max-new-tokens", "32")
+    assert alone["rows"][0]["text"] == ar["rows"][0]["text"]

@@ -1,4 +1,4 @@
-"""The command: `twotower generate | convert | train`."""
+"""The command: `twotower generate | demo | convert | train`."""
 
 import argparse
 import dataclasses
@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_generate(commands.add_parser("generate", help="write text", description=_generate.__doc__))
     _add_convert(commands.add_parser("convert", help="convert a checkpoint", description=_convert.__doc__))
+    _add_demo(commands.add_parser("demo", help="see the modes at work", description=_demo.__doc__))
     _add_train(commands.add_parser("train", help="train a model", description=_train.__doc__))
     return parser
 
@@ -99,6 +100,11 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     _add_json(parser)
 
 
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_demo)
+    _add_json(parser)
+
+
 def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_train)
     parser.add_argument("config", metavar="CONFIG", help="a TOML file; see twotower_jax/training/config.py")
@@ -131,6 +137,23 @@ def _convert(args: argparse.Namespace) -> int:
     else:
         kind = "two towers" if made.two_towers else "a backbone"
         print(f"wrote {made.target}: {kind}, {made.parameters:,} parameters, {seconds:.1f} s")
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    """A tour of about a minute: the shipped model answers the same prompts in each mode."""
+    from twotower_jax.tour import tour
+
+    result = tour()
+    if args.json:
+        print(json.dumps(result))
+        return 0
+    for name, mode in result["modes"].items():
+        print(f"{name}: {mode['about']}")
+        for row in mode["rows"]:
+            print(f"  {'right' if row['right'] else 'wrong'}  {row['prompt']}{row['text']}")
+        print(f"  {mode['exact_match']:.0%} right, {mode['tokens_per_forward']:.2f} tokens per forward\n")
+    print(f"{result['seconds']:.2f} s, and {result['compile_seconds']:.1f} s to compile")
     return 0
 
 
