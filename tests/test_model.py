@@ -45,10 +45,10 @@ def test_any_number_of_tokens(tiny, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_one_token_prompt(golden, mode):
-    g = getattr(golden.model, mode)([[7], golden.prompt(0)], max_new_tokens=16)
+def test_one_token_prompt(tiny, mode):
+    g = getattr(tiny.model, mode)([[7], tiny.prompt(0)], max_new_tokens=16)
     assert g.errors == [None, None]
-    alone = getattr(golden.model, mode)([[7]], max_new_tokens=16)
+    alone = getattr(tiny.model, mode)([[7]], max_new_tokens=16)
     assert alone.tokens[0] == g.tokens[0]
 
 

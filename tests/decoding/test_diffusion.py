@@ -36,13 +36,13 @@ def test_loop_equals_plain_steps(golden):
 
 
 @pytest.mark.parametrize("temperature", [None, 0.5, 4.0])
-def test_step_is_its_definition(golden, temperature):
+def test_step_is_its_definition(tiny, temperature):
     """Confidence is the untempered probability of the drawn token, without [MASK]; the rule commits by it."""
-    model = golden.model
+    model = tiny.model
     c, params = model.config, model.params
     sampler = Sampler(greedy=True) if temperature is None else Sampler(np.float32(temperature))
     rules = diffusion.Diffusion(sampler, ThresholdUnmasking(np.float32(0.2), 9), 3, 16)
-    tokens = np.stack([np.resize(golden.prompt(row), 12) for row in golden.rows]).astype(np.int32)
+    tokens = np.stack([np.resize(tiny.prompt(row), 12) for row in tiny.rows]).astype(np.int32)
     _, state = jax.jit(two_tower.prefill, static_argnums=(0, 4))(c, params, tokens, np.full(4, 12), 16)
     keys = position_keys(row_keys(np.uint32(1), np.arange(4)), state.length[:, None] + np.arange(16))
     block = diffusion.masked_block(rules, jnp.ones(4, bool))

@@ -25,8 +25,10 @@ def diffuse(golden: Golden, prompts, setting, **options):
     )
 
 
-@pytest.mark.parametrize("batch", ["ragged", "alone"])
-@pytest.mark.parametrize("mode", ["ar", "mock_ar"])
+BATCHES = [("ar", "ragged"), ("ar", "alone"), ("mock_ar", "ragged")]
+
+
+@pytest.mark.parametrize(("mode", "batch"), [*BATCHES, pytest.param("mock_ar", "alone", marks=pytest.mark.slow)])
 def test_one_by_one(golden, mode, batch):
     generate = golden.model.generate_ar if mode == "ar" else golden.model.generate_mock_ar
     rows = [golden.rows] if batch == "ragged" else [[row] for row in golden.rows]
@@ -51,7 +53,7 @@ def test_diffusion(golden, setting):
     assert g.errors == [None] * 4
 
 
-@pytest.mark.parametrize("setting", SETTINGS[:3], ids=tag)
+@pytest.mark.parametrize("setting", [*SETTINGS[:2], pytest.param(SETTINGS[2], marks=pytest.mark.slow)], ids=tag)
 def test_diffusion_alone(golden, setting):
     for row in golden.rows:
         g = diffuse(golden, [golden.prompt(row)], setting)
