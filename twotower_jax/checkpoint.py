@@ -219,11 +219,15 @@ class TrainingCheckpoints:
         with _orbax(f"cannot write {self._folder}"):
             self._checkpointer.save_async(step, state, custom_metadata=extra)
 
-    def load(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
-        """The arrays of a step in the shapes, dtypes and shardings of `like`, and what was saved beside them."""
+    def extra(self, step: int) -> dict[str, Any]:
+        """What was saved beside the arrays of a step."""
         with _orbax(f"cannot read checkpoint {step} of {self._folder}"):
-            extra = self._checkpointer.metadata(step).custom_metadata
-            return self._checkpointer.load(step, like), extra
+            return self._checkpointer.metadata(step).custom_metadata
+
+    def load(self, step: int, like: Any) -> Any:
+        """The arrays of a step, in the shapes, dtypes and shardings of `like`."""
+        with _orbax(f"cannot read checkpoint {step} of {self._folder}"):
+            return self._checkpointer.load(step, like)
 
     def close(self) -> None:
         """Waits until everything is written."""

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +63,28 @@ def test_resumed_is_uninterrupted(settings, backbone, monkeypatch):
     model = trained(c)
     assert losses(c) == losses(whole)
     assert [step for step, _ in losses(c)] == list(range(1, 9))
+    assert largest_difference(model.params, expected.params) == 0
+
+
+def test_bad_data_loses_nothing(settings, monkeypatch):
+    """A line that is no document ends the run, which goes on when the line is mended."""
+    whole, c = settings("ar", "whole"), dataclasses.replace(settings("ar", "stopped"), save_every=100)
+    expected = trained(whole)
+    made, count = data.Packer.__next__, [0]
+
+    def fail(self):
+        count[0] += 1
+        if count[0] == 3:
+            raise tt.InputError("line 5: not JSON")
+        return made(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data.Packer, "__next__", fail)
+        with pytest.raises(tt.InputError, match="line 5"):
+            run(c, Start(c))
+    model = trained(c)
+    assert count == [3]
+    assert losses(c) == losses(whole)
     assert largest_difference(model.params, expected.params) == 0
 
 
@@ -127,6 +150,15 @@ def test_another_run_in_the_same_folder(settings):
     other = settings("ar", more="weight_decay = 0.5")
     with pytest.raises(tt.InputError, match="holds a run with another weight_decay"):
         run(other, Start(other))
+
+
+def test_a_loss_that_is_not_finite(settings):
+    """Ends the run, and no checkpoint of it is kept."""
+    c = settings("ar")
+    c = dataclasses.replace(c, stages=(dataclasses.replace(c.stages[0], learning_rate=1e30),), log_every=100)
+    with pytest.raises(tt.InputError, match=r"the loss is .* at step 3; start again with a smaller learning_rate"):
+        run(c, Start(c))
+    assert not any(path.name.isdigit() for path in (Path(c.output) / "checkpoints").iterdir())
 
 
 def test_bad_starts(settings, home):

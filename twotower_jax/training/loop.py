@@ -162,13 +162,24 @@ def run(c: TrainingConfig, start: Start) -> Ended:
     step, position = 0, Position()
     description = _description(c)
     if (latest := checkpoints.latest) is not None:
-        (trained, state), extra = checkpoints.load(latest, (trained, state))
+        extra = checkpoints.extra(latest)
         _require_same(description, extra["config"], output)
+        trained, state = checkpoints.load(latest, (trained, state))
         step, position = latest, Position(**extra["position"])
     metrics = Metrics(output, step)
     rate = schedule(c)
     key = jax.random.key(c.seed)
-    loss, stage, packer, update = None, None, None, None
+    loss, stage, packer, update, values = None, None, None, None, None
+    saved = step
+
+    def save() -> None:
+        nonlocal saved
+        if step != saved:
+            _require_finite(float(values["loss"]), step)
+            saved = step
+            extra = {"config": description, "position": dataclasses.asdict(position)}
+            checkpoints.save(step, (trained, state), extra)
+
     try:
         with (
             _told_to_stop() as stop,
@@ -184,15 +195,19 @@ def run(c: TrainingConfig, start: Start) -> Ended:
                         start.documents, c.data.rows, c.data.length, blocks, size, c.seed, start.eos, position
                     )
                     update = jax.jit(make_update(start.config, c, dtypes, size), donate_argnums=(0, 1))
-                batch = placement.rows(_parts(next(packer), c.accumulate))
+                try:
+                    rows = next(packer)
+                except InputError:  # a line of the data that is none: what was trained until here stays
+                    save()
+                    raise
+                batch = placement.rows(_parts(rows, c.accumulate))
                 trained, state, values = update(trained, state, start.frozen, batch, jax.random.fold_in(key, step))
                 step, position, since = step + 1, packer.position, since + 1
                 bar.update()
                 if step % c.log_every == 0 or step == c.steps:
                     values = {name: float(value) for name, value in values.items()}
                     loss, seconds = values["loss"], time.perf_counter() - began
-                    if not np.isfinite(loss):
-                        raise InputError(f"the loss is {loss} at step {step}; try a smaller learning_rate")
+                    _require_finite(loss, step)
                     speed = since * c.data.rows * c.data.length / seconds
                     values |= {"learning_rate": float(rate(step - 1)), "positions_per_second": speed}
                     values |= {"epoch": position.epoch}
@@ -200,8 +215,7 @@ def run(c: TrainingConfig, start: Start) -> Ended:
                     bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} positions/s")
                     began, since = time.perf_counter(), 0
                 if step % c.save_every == 0 or step == c.steps or stop:
-                    extra = {"config": description, "position": dataclasses.asdict(position)}
-                    checkpoints.save(step, (trained, state), extra)
+                    save()
     finally:
         checkpoints.close()
         metrics.close()
@@ -220,6 +234,11 @@ def _description(c: TrainingConfig) -> dict[str, Any]:
     free = ("output", "model", "save_every", "keep", "log_every")
     raw = {name: value for name, value in dataclasses.asdict(c).items() if name not in free}
     return json.loads(json.dumps(raw))
+
+
+def _require_finite(loss: float, step: int) -> None:
+    if not np.isfinite(loss):
+        raise InputError(f"the loss is {loss} at step {step}; start again with a smaller learning_rate")
 
 
 def _require_same(ours: dict[str, Any], theirs: dict[str, Any], output: Path) -> None:
