@@ -43,6 +43,7 @@ class HuggingFaceWriter:
             file = self._folder / self._name(len(self._shards), 0)
             try:
                 save_file(self._shard, file, metadata={"format": "pt"})
+                file.chmod(self._folder.stat().st_mode & 0o666)  # save_file's is for its owner alone
             except (SafetensorError, OSError) as error:
                 raise InputError(f"cannot write {file}: {error}") from None
             self._shards.append(list(self._shard))

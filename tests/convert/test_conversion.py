@@ -56,6 +56,8 @@ def test_round_trip_is_exact(name, tmp_path, monkeypatch):
     files = sorted(set(index["weight_map"].values()))
     assert len(files) > 1
     assert files == sorted(path.name for path in (tmp_path / "hf").glob("*.safetensors"))
+    modes = {path.stat().st_mode for path in (tmp_path / "hf").iterdir()}
+    assert len(modes) == 1  # whoever may read the config may read the weights
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors(tmp_path / "hf").values())
     with safe_open(tmp_path / "hf" / files[0], "np") as handle:
         assert handle.metadata() == {"format": "pt"}
