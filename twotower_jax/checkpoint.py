@@ -167,22 +167,23 @@ def _checked_contents(folder: Path) -> dict[str, Any]:
     return contents
 
 
+# When Orbax gives up, drivers that are still at work find its event loop closed, and tasks that nobody waits for any
+# more have errors of their own; both are told at length, at any later time. What went wrong first is in our line.
 def _report(unraisable: Any, report=sys.unraisablehook) -> None:
-    """Storage drivers that are still at work when Orbax gives up find its event loop closed, and say so at length."""
     if str(unraisable.exc_value) != "Event loop is closed":
         report(unraisable)
 
 
 sys.unraisablehook = _report
+logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
 
 
 @contextlib.contextmanager
 def _orbax(failed: str) -> Iterator[None]:
     """Orbax at work: whole or not at all under Ctrl-C, its errors (of many storage drivers) one line of ours."""
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL + 1)
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
     try:
         with interrupts.deferred():
             yield
@@ -190,8 +191,7 @@ def _orbax(failed: str) -> Iterator[None]:
         first = str(error).strip().partition("\n")[0] or type(error).__name__
         raise InputError(f"{failed}: {first}") from None
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logger.setLevel(level)
 
 
 class TrainingCheckpoints:
