@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from twotower_jax.errors import InputError
+from twotower_jax.errors import InputError, short
 
 DTYPES = {"float32": jnp.dtype(jnp.float32), "bfloat16": jnp.dtype(jnp.bfloat16)}
 
@@ -29,10 +29,10 @@ def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
     except TypeError:
         number = None
     if number is None:
-        raise InputError(f"{name} must be a whole number, not {_short(value)}")
+        raise InputError(f"{name} must be a whole number, not {short(value)}")
     if number < low or (high is not None and number > high):
         raise InputError(
-            f"{name} must be {f'{low} or more' if high is None else f'from {low} to {high}'}, not {_short(number)}"
+            f"{name} must be {f'{low} or more' if high is None else f'from {low} to {high}'}, not {short(number)}"
         )
     return number
 
@@ -45,7 +45,7 @@ def number(name: str, value: Any, low: float, high: float, *, open_low: bool = F
         number = math.nan
     if not low <= number <= high or (open_low and number == low):
         least = f"above {low:g}" if open_low else f"{low:g} or more"
-        raise InputError(f"{name} must be a number, {least} and at most {high:g}, not {_short(value)}")
+        raise InputError(f"{name} must be a number, {least} and at most {high:g}, not {short(value)}")
     return number
 
 
@@ -53,19 +53,10 @@ def _is_bool(value: Any) -> bool:
     return isinstance(value, bool) or getattr(value, "dtype", None) == np.bool_
 
 
-def _short(value: Any) -> str:
-    """`repr`, cut to what a line can hold."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python refuses to print an integer of thousands of digits
-        text = "a number of thousands of digits"
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def token_ids(where: str, ids: Any, vocab_size: int) -> np.ndarray:
     """One non-empty sequence of token ids, (L,) int32."""
     if isinstance(ids, str | bytes | Set | Mapping) or not isinstance(ids, Iterable):
-        raise InputError(f"{where} must be a list of token ids, not {_short(ids)}")
+        raise InputError(f"{where} must be a list of token ids, not {short(ids)}")
     try:
         ids = ids if hasattr(ids, "__array__") else list(ids)
         array = np.asarray(ids)
@@ -81,14 +72,14 @@ def token_ids(where: str, ids: Any, vocab_size: int) -> np.ndarray:
     outside = (array < 0) | (array >= vocab_size)
     if outside.any():
         at = int(outside.argmax())
-        raise InputError(f"{where} has id {_short(array.item(at))} at position {at}; ids go from 0 to {vocab_size - 1}")
+        raise InputError(f"{where} has id {short(array.item(at))} at position {at}; ids go from 0 to {vocab_size - 1}")
     return array.astype(np.int32)
 
 
 def prompts(value: Any, vocab_size: int) -> list[np.ndarray]:
     """A list of token-id lists of any lengths."""
     if isinstance(value, str | bytes | Set) or not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0:
-        raise InputError(f"prompts must be a list of token-id lists, not {_short(value)}")
+        raise InputError(f"prompts must be a list of token-id lists, not {short(value)}")
     value = list(value)
     if value and all(isinstance(item, numbers.Integral) or getattr(item, "ndim", 1) == 0 for item in value):
         raise InputError("prompts must be a list of token-id lists; for one prompt give [ids]")
@@ -100,7 +91,7 @@ def row_numbers(value: Sequence[int] | None, count: int) -> np.ndarray:
     if value is None:
         return np.arange(count, dtype=np.int32)
     if isinstance(value, str | bytes) or not isinstance(value, Iterable):
-        raise InputError(f"rows must be a list of whole numbers, not {_short(value)}")
+        raise InputError(f"rows must be a list of whole numbers, not {short(value)}")
     rows = [whole("a row's number", row, 0, 2**31 - 1) for row in value]
     if len(rows) != count:
         raise InputError(f"rows must have a number for each of {count} prompts, not {len(rows)}")

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from twotower_jax import checkpoint
-from twotower_jax.errors import InputError
+from twotower_jax.errors import InputError, short
 
 SHIPPED = Path(__file__).parent / "models"
 
@@ -28,7 +28,7 @@ def shipped() -> list[str]:
 def user_path(name: str | Path) -> Path:
     """A path as a user gives it, with `~`."""
     if not isinstance(name, str | os.PathLike) or not os.fspath(name):
-        raise InputError(f"{_short(name)} is no path; give a folder's, or a model's name")
+        raise InputError(f"{short(name)} is no path; give a folder's, or a model's name")
     try:
         os.fsdecode(name).encode()
         path = Path(name).expanduser()
@@ -36,15 +36,10 @@ def user_path(name: str | Path) -> Path:
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return path
     except OSError as error:  # a name that is too long, a loop of links
-        raise InputError(f"{_short(name)} is no path: {error.strerror}") from None
+        raise InputError(f"{short(name)} is no path: {error.strerror}") from None
     except (RuntimeError, TypeError, ValueError) as error:
-        raise InputError(f"{_short(name)} is no path: {error}") from None
+        raise InputError(f"{short(name)} is no path: {error}") from None
     return path
-
-
-def _short(name: object) -> str:
-    text = repr(name)
-    return text if len(text) <= 100 else text[:97] + "..."
 
 
 def locate(model: str | Path) -> Path:
