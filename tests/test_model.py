@@ -1,5 +1,7 @@
 """The face: a row is alone, any number of tokens, any dtype that exists, and one clear line for bad input."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -259,3 +261,19 @@ def test_model_larger_than_memory(monkeypatch):
 
 def test_dtype_objects():
     assert load("tiny-0", jnp.float32).params["context"]["head"].dtype == jnp.float32
+
+
+def test_top_p_of_everything_restricts_nothing(tiny):
+    """1 is no restriction, whatever a float32 sum of probabilities comes to: it runs the program without one."""
+    options = {"max_new_tokens": 8, "temperature": 1.0}
+    plain = tiny.model.generate_ar([[5, 6]], **options)
+    whole = tiny.model.generate_ar([[5, 6]], top_p=1.0, **options)
+    assert whole.tokens == plain.tokens
+    assert whole.compile_seconds == 0
+
+
+def test_a_gpu_that_is_short_names_its_setting():
+    device = SimpleNamespace(platform="gpu", memory_stats=lambda: {"bytes_limit": 10**9, "bytes_in_use": 0})
+    with pytest.raises(tt.InputError, match=r"has 1 GB free .*XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        memory.require(2 * 10**9, device, "a model")
+    memory.require(10**9, device, "a model")
