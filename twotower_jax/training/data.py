@@ -7,10 +7,28 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from flax import struct
 
 from twotower_jax.errors import InputError
-from twotower_jax.training.objective import Batch
+
+
+@struct.dataclass
+class Batch:
+    """Rows of packed documents.
+
+    Attributes:
+      tokens: (B, L) int32.
+      segments: (B, L) int32, see `state.Packing`.
+      targets: (B, L) bool, tokens that are to be learned; not a prompt's.
+      blocks: (B, M) int32, where the blocks to be denoised begin; -1 for none.
+    """
+
+    tokens: jax.Array
+    segments: jax.Array
+    targets: jax.Array
+    blocks: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)

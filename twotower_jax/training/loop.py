@@ -23,8 +23,7 @@ from twotower_jax.config import Config
 from twotower_jax.errors import InputError
 from twotower_jax.training import objective
 from twotower_jax.training.config import TrainingConfig
-from twotower_jax.training.data import Packer, Position
-from twotower_jax.training.objective import Batch
+from twotower_jax.training.data import Batch, Packer, Position
 from twotower_jax.training.optimizer import balance_experts, make_optimizer, schedule
 from twotower_jax.training.start import Start
 

@@ -15,26 +15,10 @@ from twotower_jax.config import MOE, Config
 from twotower_jax.layers.linear import einsum
 from twotower_jax.state import Packing, TowerState
 from twotower_jax.training.config import TrainingConfig
+from twotower_jax.training.data import Batch
 from twotower_jax.training.noise import draw_masks, draw_times
 
 HEAD_SCORES = 2**26  # float32 logits held at once (256 MiB)
-
-
-@struct.dataclass
-class Batch:
-    """Rows of packed documents.
-
-    Attributes:
-      tokens: (B, L) int32.
-      segments: (B, L) int32, see `state.Packing`.
-      targets: (B, L) bool, tokens that are to be learned; not a prompt's.
-      blocks: (B, M) int32, where the blocks to be denoised begin; -1 for none.
-    """
-
-    tokens: jax.Array
-    segments: jax.Array
-    targets: jax.Array
-    blocks: jax.Array
 
 
 def losses(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> jax.Array:
