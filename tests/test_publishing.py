@@ -8,7 +8,7 @@ import time
 import pytest
 
 import twotower_jax as tt
-from twotower_jax.publishing import absent, published
+from twotower_jax.publishing import LOCK, SUFFIX, absent, published
 
 
 def names(folder) -> list[str]:
@@ -17,10 +17,10 @@ def names(folder) -> list[str]:
 
 def abandon(target):
     """As a process that was killed leaves it: its lock is gone, its folder is not."""
-    making = published(target)
-    folder = making.__enter__()
+    folder = target.with_name(f".{target.name}.0123abcd{SUFFIX}")
+    folder.mkdir()
+    (folder / LOCK).touch()
     (folder / "part").write_text("x")
-    making.gen.gi_frame.f_locals["lock"].close()
     return folder
 
 

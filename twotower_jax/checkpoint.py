@@ -209,6 +209,11 @@ class TrainingCheckpoints:
             )
 
     @property
+    def steps(self) -> list[int]:
+        """The steps of all whole checkpoints."""
+        return [found.step for found in self._checkpointer.checkpoints]
+
+    @property
     def latest(self) -> int | None:
         """The newest whole checkpoint's step."""
         newest = self._checkpointer.latest

@@ -1,4 +1,4 @@
-"""The command: `twotower generate | demo | convert | train`."""
+"""The command: `twotower generate | demo | convert | train | export`."""
 
 import argparse
 import dataclasses
@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_convert(commands.add_parser("convert", help="convert a checkpoint", description=_convert.__doc__))
     _add_demo(commands.add_parser("demo", help="see the modes at work", description=_demo.__doc__))
     _add_train(commands.add_parser("train", help="train a model", description=_train.__doc__))
+    _add_export(commands.add_parser("export", help="the model of a run so far", description=_export.__doc__))
     return parser
 
 
@@ -107,7 +108,20 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_train)
-    parser.add_argument("config", metavar="CONFIG", help="a TOML file; see twotower_jax/training/config.py")
+    add = parser.add_argument
+    add("config", metavar="CONFIG", help="a TOML file; see twotower_jax/training/config.py")
+    add("--coordinator", metavar="HOST:PORT", help="of a job of several processes; auto where JAX knows the launcher")
+    add("--processes", type=int, metavar="N", help="how many there are")
+    add("--process", type=int, metavar="I", help="which one this is, from 0")
+    _add_json(parser)
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_export)
+    add = parser.add_argument
+    add("config", metavar="CONFIG", help="the run's TOML file")
+    add("target", metavar="DST", help="the folder to make")
+    add("--step", type=int, metavar="N", help="of the checkpoint (the newest)")
     _add_json(parser)
 
 
@@ -159,20 +173,37 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _train(args: argparse.Namespace) -> int:
     """Train a backbone, or a denoiser for one; a run that was stopped goes on where it was."""
-    from twotower_jax import sources
+    from twotower_jax import distributed, sources
     from twotower_jax.training.config import read_training_config
     from twotower_jax.training.loop import run
     from twotower_jax.training.start import Start
 
     config = read_training_config(sources.user_path(args.config))
+    distributed.join(args.coordinator, args.processes, args.process)
     ended = run(config, Start(config))
-    if args.json:
+    if args.process:
+        pass  # the first process speaks
+    elif args.json:
         print(json.dumps(dataclasses.asdict(ended) | {"output": config.output}))
     elif ended.finished:
         print(f"trained {ended.step} steps; the model is {config.output}/model")
     else:
         print(f"stopped and saved after {ended.step} of {config.steps} steps; the same command goes on")
     return 0 if ended.finished else 130
+
+
+def _export(args: argparse.Namespace) -> int:
+    """Write the model that a run has made so far, from one of its checkpoints."""
+    from twotower_jax import sources
+    from twotower_jax.training.config import read_training_config
+    from twotower_jax.training.loop import export
+    from twotower_jax.training.start import Start
+
+    config = read_training_config(sources.user_path(args.config))
+    target = sources.user_path(args.target)
+    step = export(config, Start(config), target, args.step)
+    print(json.dumps({"target": str(target), "step": step}) if args.json else f"wrote {target}: step {step}")
+    return 0
 
 
 def _generate(args: argparse.Namespace) -> int:

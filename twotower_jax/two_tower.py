@@ -13,7 +13,7 @@ from twotower_jax.layers import time_conditioning
 from twotower_jax.layers.linear import einsum
 from twotower_jax.layers.time_conditioning import TimeConditioning
 from twotower_jax.parameters import linear, normal, prefixed
-from twotower_jax.state import Packing, Span, TowerState, empty_state
+from twotower_jax.state import MambaState, Packing, Span, TowerState, empty_state
 from twotower_jax.tower import Tower
 
 PREFILL_TOKENS = 1024  # of all rows, that one pass of the context tower reads: longer prompts need no more memory
@@ -93,6 +93,25 @@ def read_packed(
         own = packing.segments[row, packing.blocks][..., None] == packing.segments[:, None]
         first = jnp.argmax(own, axis=-1).astype(jnp.int32)
         return hidden, TowerState(state.layers, packing.blocks.reshape(-1), first.reshape(-1))
+
+
+def advance(
+    config: Config, tower: dict, state: TowerState, tokens: jax.Array, count: jax.Array, remat: bool = False
+) -> TowerState:
+    """The state `count` tokens after the beginnings of packed blocks, of which `read_packed` gives the state.
+
+    Args:
+      config: dimensions.
+      tower: the context tower's parameters.
+      state: before the blocks; its caches hold all of their rows' keys and values.
+      tokens: (B M, S) int32, the blocks.
+      count: (B M,) int32, from 0 to S.
+      remat: spend less memory, and more time.
+    """
+    span = Span(state.length, count, first=state.first)
+    _, after = Tower(config, remat).apply({"params": tower}, tokens, state, span)
+    layers = [new if isinstance(new, MambaState) else old for new, old in zip(after.layers, state.layers, strict=True)]
+    return TowerState(tuple(layers), state.length + count, state.first)
 
 
 def _chunks(tokens: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array]:

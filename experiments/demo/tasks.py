@@ -1,13 +1,13 @@
 """One-line tasks with exact answers: what the shipped model is trained on and judged by.
 
-    python experiments/demo/tasks.py OUT [--train 400000] [--test 500]
+    python -m experiments.demo.tasks OUT
 
 writes OUT/train.jsonl and OUT/test.jsonl, lines of {"prompt", "completion", "task"}. No test prompt is trained on.
 """
 
-import argparse
 import json
 import random
+import sys
 from pathlib import Path
 
 WORDS = (Path(__file__).parent / "words.txt").read_text().split()
@@ -85,25 +85,21 @@ def examples(seed: int):
         yield {"prompt": f"{name} {given} =", "completion": f" {answer}\n", "task": name}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--train", type=int, default=400_000)
-    parser.add_argument("--test", type=int, default=500)
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+def write(out: Path, train: int = 400_000, test: int = 500) -> None:
+    """Writes `train.jsonl` and `test.jsonl`."""
     held_out: dict[str, dict] = {}
     for example in examples(seed=1):
-        if len(held_out) == args.test:
+        if len(held_out) == test:
             break
         held_out[example["prompt"]] = example
-    train, source = [], examples(seed=2)
-    while len(train) < args.train:
+    lines, source = [], examples(seed=2)
+    while len(lines) < train:
         if (example := next(source))["prompt"] not in held_out:
-            train.append(example)
-    for name, lines in (("test", held_out.values()), ("train", train)):
-        (args.out / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+            lines.append(example)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, part in (("test", held_out.values()), ("train", lines)):
+        (out / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in part))
 
 
 if __name__ == "__main__":
-    main()
+    write(Path(sys.argv[1]))

@@ -3,11 +3,12 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 
 import twotower_jax as tt
-from twotower_jax.training.data import Document, Documents, Packer
+from twotower_jax.training.data import Document, Documents, Packer, beginning
 
 EOS = 9
 
@@ -35,23 +36,44 @@ def pieces(batch):
 
 @pytest.mark.parametrize("size", [1, 8])
 def test_an_epoch_has_every_document_once(size):
+    """Over as many steps as it takes, each row's documents are every third of the epochs' orders, whole."""
     made = documents()
     packer = Packer(made, rows=3, length=48, blocks=48 // size, block_size=size, seed=1, eos=EOS)
-    seen = []
-    while packer.position.epoch == 0:
-        for tokens, targets, starts in pieces(next(packer)):
-            document = made[tokens[0] - 100]
-            length = len(document.tokens)
-            np.testing.assert_array_equal(tokens[:length], document.tokens)
-            assert (tokens[length:] == EOS).all()
-            assert len(tokens) - length < size
-            assert not targets[: document.prompt].any()
-            assert targets[document.prompt :].all()
-            assert starts == list(range(document.prompt, len(tokens), size))
-            seen.append(tokens[0] - 100)
-    assert set(seen) == set(range(len(made)))
-    assert sorted(seen)[: len(made)] != seen[: len(made)]
-    assert len(seen) == len(set(seen)) or packer.position.index  # a last batch may hold documents of the next epoch
+    seen = [[], [], []]
+    while packer.position[:, 0].min() < 2 * len(made):
+        batch = next(packer)
+        for row in range(3):
+            for tokens, targets, starts in pieces(jax.tree.map(lambda z, row=row: z[row : row + 1], batch)):
+                document = made[tokens[0] - 100]
+                length = len(document.tokens)
+                np.testing.assert_array_equal(tokens[:length], document.tokens)
+                assert (tokens[length:] == EOS).all()
+                assert len(tokens) - length < size
+                assert not targets[: document.prompt].any()
+                assert targets[document.prompt :].all()
+                assert starts == list(range(document.prompt, len(tokens), size))
+                seen[row].append(tokens[0] - 100)
+    rounds = zip(*[row[: 2 * len(made) // 3 + 1] for row in seen], strict=True)
+    stream = [number for dealt in rounds for number in dealt]
+    one, two = stream[: len(made)], stream[len(made) : 2 * len(made)]
+    assert sorted(one) == sorted(two) == list(range(len(made)))
+    assert one != two
+    assert one != sorted(one)
+
+
+def test_rows_of_several_processes():
+    """Rows that are read apart are those that one process reads."""
+    arguments = {"rows": 4, "length": 48, "blocks": 6, "block_size": 8, "seed": 1, "eos": EOS}
+    whole = Packer(documents(), **arguments)
+    parts = [Packer(documents(), **arguments, only=np.array(only)) for only in ([0, 2], [1, 3])]
+    for _ in range(8):
+        expected, (even, odd) = next(whole), map(next, parts)
+        for name in ("tokens", "segments", "targets", "blocks"):
+            np.testing.assert_array_equal(getattr(expected, name)[::2], getattr(even, name))
+            np.testing.assert_array_equal(getattr(expected, name)[1::2], getattr(odd, name))
+    np.testing.assert_array_equal(parts[0].position[::2], whole.position[::2])
+    np.testing.assert_array_equal(parts[0].position[1::2], beginning(4)[1::2])
+    assert parts[0].epochs > 0
 
 
 def test_blocks_begin_at_multiples():
@@ -75,10 +97,12 @@ def test_no_more_blocks_than_asked_for():
 def test_long_documents_go_on():
     """Text in as many pieces as it needs; of a long prompt the end stays."""
     text = Document(np.arange(100, 250, dtype=np.int32), 0)
-    packer = Packer([text], rows=4, length=48, blocks=6, block_size=8, seed=0, eos=EOS)
-    batch = next(packer)
-    assert packer.position.epoch == 1 or packer.position.index == 1
-    np.testing.assert_array_equal(np.concatenate([t[t != EOS] for t, _, _ in pieces(batch)]), text.tokens)
+    packer = Packer([text], rows=1, length=48, blocks=6, block_size=8, seed=0, eos=EOS)
+    found = []
+    while packer.position[0, 0] == 0:
+        found += [tokens[tokens != EOS] for tokens, _, _ in pieces(next(packer))]
+    np.testing.assert_array_equal(np.concatenate(found)[: len(text.tokens)], text.tokens)
+    assert len(found) == 4
     asked = Document(np.append(np.arange(100, 200), [1, 2, 3, EOS]).astype(np.int32), 100)
     batch = next(Packer([asked], rows=1, length=48, blocks=6, block_size=8, seed=0, eos=EOS))
     ((tokens, targets, starts),) = pieces(batch)
@@ -94,7 +118,7 @@ def test_a_position_is_all_that_counts(batches):
     one = Packer(documents(longest=90), **arguments)
     for _ in range(batches):
         next(one)
-    other = Packer(documents(longest=90), **arguments, position=dataclasses.replace(one.position))
+    other = Packer(documents(longest=90), **arguments, position=one.position)
     for _ in range(10):
         for a, b in zip(dataclasses.astuple(next(one)), dataclasses.astuple(next(other)), strict=True):
             np.testing.assert_array_equal(a, b)

@@ -18,8 +18,10 @@ from conftest import largest_difference
 
 import twotower_jax as tt
 from convert import convert
+from twotower_jax.cli import main
 from twotower_jax.training import data
-from twotower_jax.training.loop import run
+from twotower_jax.training.config import read_training_config
+from twotower_jax.training.loop import export, run
 from twotower_jax.training.start import Start
 
 
@@ -31,7 +33,8 @@ def trained(c):
 
 def losses(c) -> list[tuple[int, float]]:
     with open(f"{c.output}/metrics.jsonl") as file:
-        return [(line["step"], line["loss"]) for line in map(json.loads, file)]
+        whole = [line for line in file if line.endswith("\n")]  # a killed process may leave a part of one
+    return [(line["step"], line["loss"]) for line in map(json.loads, whole)]
 
 
 def stop_at(monkeypatch, number, batch):
@@ -82,8 +85,8 @@ def test_bad_data_loses_nothing(settings, monkeypatch):
         patch.setattr(data.Packer, "__next__", fail)
         with pytest.raises(tt.InputError, match="line 5"):
             run(c, Start(c))
+    assert (Path(c.output) / "checkpoints" / "2").is_dir()
     model = trained(c)
-    assert count == [3]
     assert losses(c) == losses(whole)
     assert largest_difference(model.params, expected.params) == 0
 
@@ -184,39 +187,51 @@ def test_tokenizer_larger_than_the_vocabulary(settings, home):
         Start(settings("ar"))
 
 
-def test_eight_devices_are_one(settings, home):
-    """The loss curve of rows and parameters over 8 devices is one device's within float error."""
-    file = home / "run.toml"
-    curves = []
-    for count in (1, 8):
-        settings("ar", more="")
-        file.write_text(
-            file.read_text().replace("rows = 4", "rows = 8").replace('output = "run"', f'output = "n{count}"')
-        )
-        environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
-        command = [sys.executable, "-m", "twotower_jax.cli", "train", str(file)]
-        subprocess.run(command, check=True, env=environment, capture_output=True)
-        with open(home / f"n{count}" / "metrics.jsonl") as lines:
-            curves.append([json.loads(line)["loss"] for line in lines])
-    assert len(curves[0]) == 4
-    np.testing.assert_allclose(curves[0], curves[1], rtol=2e-5)
+def test_export_of_a_run_so_far(settings, home, capsys):
+    """A checkpoint's model: of the newest and of an earlier step; the last is what the run itself gives."""
+    c = dataclasses.replace(settings("ar"), save_every=2)
+    final = trained(c)
+    start = Start(c)
+    assert export(c, start, home / "at2", 2) == 2
+    assert export(c, start, home / "newest") == 4
+    early, newest = tt.load(home / "at2", dtype="float32"), tt.load(home / "newest", dtype="float32")
+    assert largest_difference(newest.params, final.params) == 0
+    assert largest_difference(early.params, final.params) > 1e-4
+    with pytest.raises(tt.InputError, match="has no checkpoint of step 3; there are 2, 4"):
+        export(c, start, home / "at3", 3)
+    with pytest.raises(tt.InputError, match="at2 exists"):
+        export(c, start, home / "at2", 2)
+    with pytest.raises(tt.InputError, match="holds no run"):
+        export(settings("ar", "none"), start, home / "none")
+    assert main(["export", str(home / "run.toml"), str(home / "by-command")]) == 0
+    assert "step 4" in capsys.readouterr().out
+    assert (home / "by-command" / "config.json").is_file()
 
 
 @pytest.mark.slow
 def test_kill_nine_times_ten(settings, home):
-    """Killed at ten random moments and started again each time: the same losses and parameters as without."""
-    whole = settings("ar", "whole")
-    expected = trained(whole)
-    settings("ar", "killed")
+    """Killed at ten random moments of its training and started again each time: losses and parameters as without."""
+    steps, rng = 300, random.Random(0)
+
+    def longer(output):
+        c = settings("ar", output)
+        file = home / f"{output}.toml"
+        file.write_text(file.read_text().replace("steps = 4", f"steps = {steps}"))
+        return read_training_config(file)
+
+    expected = trained(longer("whole"))
+    c = longer("killed")
     command = [sys.executable, "-m", "twotower_jax.cli", "train", str(home / "killed.toml")]
-    rng = random.Random(0)
-    for _ in range(10):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(rng.uniform(1, 25))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    for moment in sorted(rng.sample(range(5, steps - 20), 10)):
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            while not os.path.exists(f"{c.output}/metrics.jsonl") or len(losses(c)) < moment:
+                assert process.poll() is None
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, 0.2))  # within a step, or a checkpoint's writing
+            process.kill()
+        assert not os.path.exists(f"{c.output}/model")
     subprocess.run(command, check=True, capture_output=True)
-    c = settings("ar", "killed")
-    assert losses(c) == losses(whole)
+    assert losses(c) == losses(longer("whole"))
+    assert len(losses(c)) == steps
     model = tt.load(f"{c.output}/model", dtype="float32")
     assert largest_difference(model.params, expected.params) == 0

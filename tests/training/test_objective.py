@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from twotower_jax import two_tower
+from twotower_jax.state import Packing
 from twotower_jax.training import objective
 from twotower_jax.training.data import Document, Packer
 
@@ -39,7 +40,7 @@ prefill = jax.jit(two_tower.prefill, static_argnums=(0, 4))
 denoise = jax.jit(two_tower.denoise, static_argnums=0)
 
 
-def block_by_block(model, batch, noise, causal_too=False):
+def block_by_block(model, batch, noise):
     """Log-probabilities of the clean tokens of each block after a real prefill of its document, (blocks, S)."""
     found = []
     for row in range(len(batch.tokens)):
@@ -76,6 +77,35 @@ def test_denoising_loss_is_decodings(golden, batch, run, elbo):
     else:
         np.testing.assert_allclose(total, (nll * masked).sum(), rtol=1e-5)
         assert weight == masked.sum()
+
+
+def test_mock_ar_loss_is_decodings(golden, batch, run):
+    """A token of each block, wherever in it: mock-AR's step after a real prefill of all that is before the token."""
+    model, key = golden.model, jax.random.key(3)
+    noise = objective.add_noise(run, batch, SIZE, jax.random.key(0))
+    packing = Packing(batch.segments, jnp.maximum(batch.blocks, 0), SIZE)
+    context, denoiser = model.params["context"], model.params["denoiser"]
+    _, state = two_tower.read_packed(model.config, context["tower"], batch.tokens, packing)
+    total, weight = jax.jit(objective.mock_ar_loss, static_argnums=(0, 1))(
+        model.config, run, context, denoiser, batch, state, noise, key
+    )
+    offsets = np.asarray(jax.random.randint(key, noise.clean.shape[:1], 0, SIZE))
+    assert len(set(offsets)) == SIZE  # every place within a block
+    expected, count = 0.0, 0
+    tokens, segments = np.asarray(batch.tokens), np.asarray(batch.segments)
+    for (row, column), start in np.ndenumerate(np.asarray(batch.blocks)):
+        at = start + offsets[row * batch.blocks.shape[1] + column]
+        if start < 0 or at + 1 == LENGTH or segments[row, at] != segments[row, at + 1]:
+            continue
+        first = np.flatnonzero(segments[row] == segments[row, at])[0]
+        prompt = np.zeros((1, LENGTH), np.int32)
+        prompt[0, : at - first] = tokens[row, first:at]
+        _, state = prefill(model.config, model.params, prompt, np.array([at - first]), LENGTH)
+        logits = denoise(model.config, model.params, state, tokens[row, at][None, None], None)
+        expected -= log_probability(logits[0], tokens[row, [at + 1]])[0]
+        count += 1
+    assert weight == count > 10
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
 
 
 def test_noise(golden, batch, run):

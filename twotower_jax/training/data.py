@@ -1,6 +1,7 @@
-"""Documents from files, tokenised when needed and packed into rows; a batch depends on files, seed and position."""
+"""Documents from files, tokenised when needed and packed into rows, each of which depends on its own position alone."""
 
 import dataclasses
+import functools
 import glob
 import json
 from collections.abc import Callable
@@ -130,17 +131,11 @@ def _record(line: str, where: str) -> tuple[str, str]:
     raise InputError(f'{where}: must be {{"text": "..."}} or {{"prompt": "...", "completion": "..."}}')
 
 
-@dataclasses.dataclass
-class Position:
-    """Where a stream is: the next document is number `index` of an epoch's order, from token `token` on."""
-
-    epoch: int = 0
-    index: int = 0
-    token: int = 0
-
-
 class Packer:
     """Batches from documents that are shuffled anew each epoch. `position` says all that the next batch depends on.
+
+    Documents are dealt to the rows of a step in turn, and each row goes through its own: what a row holds depends
+    neither on the other rows nor on how many processes read them.
 
     A document's blocks begin where its completion does; what is before is padded to whole blocks on its left, and its
     last block is filled with EOS, so that the denoiser learns what stands after an end. A document longer than a row
@@ -148,13 +143,15 @@ class Packer:
 
     Args:
       documents: by number.
-      rows: B.
+      rows: B, of a step.
       length: L.
       blocks: M, most denoised blocks of a row.
       block_size: S; 1, with L blocks, in AR training, which knows none.
       seed: of the order.
       eos: what fills a last block.
-      position: where to begin.
+      position: (B, 2) int64, where to begin: for each row the number of its next document, counted over all epochs,
+        and the token that it goes on from. Rows that are not read here stay as they are.
+      only: numbers of the rows to read; all by default.
     """
 
     def __init__(
@@ -166,28 +163,30 @@ class Packer:
         block_size: int,
         seed: int,
         eos: int,
-        position: Position | None = None,
+        position: np.ndarray | None = None,
+        only: np.ndarray | None = None,
     ):
         self._documents = documents
-        self._rows, self._length, self._blocks, self._size = rows, length, blocks, block_size
+        self._step, self._length, self._blocks, self._size = rows, length, blocks, block_size
         self._seed, self._eos = seed, eos
-        self.position = position or Position()
-        self._order_epoch = -1
+        self._rows = np.arange(rows) if only is None else only
+        self.position = beginning(rows) if position is None else position.copy()
+        self._order = functools.lru_cache(maxsize=2)(self._shuffled)  # rows may be in two epochs at a time
 
-    def _number(self) -> int:
-        """The next document's number, going on to the next epoch where one ends."""
-        if self.position.index >= len(self._documents):
-            self.position = Position(self.position.epoch + 1)
-        p = self.position
-        if self._order_epoch != p.epoch:
-            self._order = np.random.default_rng([self._seed, p.epoch]).permutation(len(self._documents))
-            self._order_epoch = p.epoch
-        return int(self._order[p.index])
+    @property
+    def epochs(self) -> float:
+        """How often the documents have been read, by the rows that are read here."""
+        return float(self.position[self._rows, 0].mean() / len(self._documents))
 
-    def _piece(self) -> tuple[np.ndarray, int, int]:
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self._seed, epoch]).permutation(len(self._documents))
+
+    def _piece(self, row: int) -> tuple[np.ndarray, int, int]:
         """Tokens that begin or continue a document, how many of them are given, and where it goes on (0: nowhere)."""
-        document = self._documents[self._number()]
-        tokens, prompt = document.tokens[self.position.token :], max(0, document.prompt - self.position.token)
+        number, token = self.position[row]
+        epoch, index = divmod(int(number), len(self._documents))
+        document = self._documents[int(self._order(epoch)[index])]
+        tokens, prompt = document.tokens[token:], max(0, document.prompt - token)
         if prompt:  # of a long prompt the end counts, with room for a first block
             room = (self._length - self._size) // self._size * self._size
             cut = max(0, prompt - room)
@@ -198,15 +197,15 @@ class Packer:
         return tokens[:used], prompt, after
 
     def __next__(self) -> Batch:
-        """The next batch, in numpy."""
-        shape, size = (self._rows, self._length), self._size
+        """The next batch of the rows that are read here, in numpy."""
+        shape, size = (len(self._rows), self._length), self._size
         tokens, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
         targets = np.zeros(shape, bool)
-        starts = np.full((self._rows, self._blocks), -1, np.int32)
-        for row in range(self._rows):
+        starts = np.full((len(self._rows), self._blocks), -1, np.int32)
+        for here, row in enumerate(self._rows):
             at = number = used = 0
             while True:
-                piece, prompt, after = self._piece()
+                piece, prompt, after = self._piece(row)
                 pad = -prompt % size
                 completion = len(piece) - prompt
                 blocks = -(-completion // size)
@@ -215,12 +214,18 @@ class Packer:
                     break
                 first = at + pad
                 number += 1
-                tokens[row, first:end] = self._eos
-                tokens[row, first : first + len(piece)] = piece
-                segments[row, first:end] = number
-                targets[row, first + prompt : end] = True
-                starts[row, used : used + blocks] = first + prompt + size * np.arange(blocks)
+                tokens[here, first:end] = self._eos
+                tokens[here, first : first + len(piece)] = piece
+                segments[here, first:end] = number
+                targets[here, first + prompt : end] = True
+                starts[here, used : used + blocks] = first + prompt + size * np.arange(blocks)
                 used, at = used + blocks, end
-                p = self.position
-                self.position = dataclasses.replace(p, token=after) if after else Position(p.epoch, p.index + 1)
+                self.position[row] = (
+                    (self.position[row, 0], after) if after else (self.position[row, 0] + self._step, 0)
+                )
         return Batch(tokens, segments, targets, starts)
+
+
+def beginning(rows: int) -> np.ndarray:
+    """The position of `rows` rows before the first step."""
+    return np.stack([np.arange(rows), np.zeros(rows, np.int64)], axis=1)

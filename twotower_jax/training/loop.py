@@ -21,10 +21,12 @@ from twotower_jax import interrupts
 from twotower_jax.checkpoint import TrainingCheckpoints
 from twotower_jax.config import Config
 from twotower_jax.errors import InputError
+from twotower_jax.publishing import absent
 from twotower_jax.training import objective
 from twotower_jax.training.config import TrainingConfig
-from twotower_jax.training.data import Batch, Packer, Position
+from twotower_jax.training.data import Batch, Packer, beginning
 from twotower_jax.training.optimizer import balance_experts, make_optimizer, schedule
+from twotower_jax.training.sharding import any_process, whole_position
 from twotower_jax.training.start import Start
 
 
@@ -52,8 +54,8 @@ def make_update(config: Config, c: TrainingConfig, dtypes: Any, block_size: int)
       block_size: S.
 
     Returns:
-      (trained, optimiser's state, frozen, batch, key) -> (trained, optimiser's state, metrics), where rows of the batch
-      come as (parts, rows, ...).
+      (trained, optimiser's state, frozen, batch, step) -> (trained, optimiser's state, metrics), where rows of the
+      batch come as (parts, rows, ...). Its noise is a function of the seed and the step.
     """
     optimizer = make_optimizer(c)
 
@@ -69,7 +71,9 @@ def make_update(config: Config, c: TrainingConfig, dtypes: Any, block_size: int)
                 total += more / jnp.maximum(of, 1) * weight
         return total, (weight, loads)
 
-    def update(trained, state, frozen, batch: Batch, key):
+    def update(trained, state, frozen, batch: Batch, step):
+        key = jax.random.fold_in(jax.random.key(c.seed), step)
+
         def part(carry, inputs):
             gradients, total, weight = carry
             batch, key = inputs
@@ -144,88 +148,150 @@ def _step_of(line: str) -> float:
         return float("inf")
 
 
+@dataclasses.dataclass
+class State:
+    """What a checkpoint holds: updates done, where the data goes on, and the arrays."""
+
+    step: int
+    position: np.ndarray
+    trained: Any
+    optimizer: Any
+
+
+def _begin(c: TrainingConfig, start: Start, checkpoints: TrainingCheckpoints, step: int | None = None) -> State:
+    """A run at one of its checkpoints (by default the newest), or at its beginning if there is none.
+
+    Raises:
+      InputError: the checkpoints are another run's, or have no such step.
+    """
+    optimizer = make_optimizer(c)
+    trained = start.trained()
+    shardings = start.placement.of(jax.eval_shape(optimizer.init, trained))
+    state = State(0, beginning(c.data.rows), trained, jax.jit(optimizer.init, out_shardings=shardings)(trained))
+    step = checkpoints.latest if step is None else step
+    if step is None:
+        return state
+    extra = checkpoints.extra(step)
+    _require_same(_description(c), extra["config"], Path(c.output))
+    trained, optimizer = checkpoints.load(step, (trained, state.optimizer))
+    return State(step, np.asarray(extra["position"], np.int64), trained, optimizer)
+
+
+def export(c: TrainingConfig, start: Start, target: Path, step: int | None = None) -> int:
+    """Writes the model as it is at a checkpoint of a run, finished or not.
+
+    Args:
+      c: the run.
+      start: where it began.
+      target: the folder to write.
+      step: of the checkpoint; the newest by default.
+
+    Returns:
+      the step.
+
+    Raises:
+      InputError: the run has no such checkpoint, or is another one; `target` is there already.
+    """
+    folder = Path(c.output) / "checkpoints"
+    absent(target)
+    if not folder.is_dir():
+        raise InputError(f"{c.output} holds no run; train it first")
+    checkpoints = TrainingCheckpoints(folder, c.keep)
+    try:
+        if step is not None and step not in checkpoints.steps:
+            known = ", ".join(map(str, checkpoints.steps)) or "none"
+            raise InputError(f"{folder} has no checkpoint of step {step}; there are {known}")
+        state = _begin(c, start, checkpoints, step)
+    finally:
+        checkpoints.close()
+    start.export(state.trained, target)
+    return state.step
+
+
 def run(c: TrainingConfig, start: Start) -> Ended:
     """Trains from the newest checkpoint of `c.output`, or from `start`, to the end or until a signal asks to stop.
+
+    Every process of a job calls this alike.
 
     Raises:
       InputError: the folder holds another run; the data is not what it should be.
     """
     output = Path(c.output)
+    first, alone = jax.process_index() == 0, jax.process_count() == 1
     output.mkdir(parents=True, exist_ok=True)
-    placement = start.placement
-    optimizer = make_optimizer(c)
-    trained = start.trained()
-    state = jax.jit(optimizer.init, out_shardings=placement.of(jax.eval_shape(optimizer.init, trained)))(trained)
-    dtypes = start.dtypes
     checkpoints = TrainingCheckpoints(output / "checkpoints", c.keep)
-    step, position = 0, Position()
-    description = _description(c)
-    if (latest := checkpoints.latest) is not None:
-        extra = checkpoints.extra(latest)
-        _require_same(description, extra["config"], output)
-        trained, state = checkpoints.load(latest, (trained, state))
-        step, position = latest, Position(**extra["position"])
-    metrics = Metrics(output, step)
+    now = _begin(c, start, checkpoints)
+    metrics = Metrics(output, now.step) if first else None
     rate = schedule(c)
-    key = jax.random.key(c.seed)
     loss, stage, packer, update, values = None, None, None, None, None
-    saved = step
+    saved = now.step
 
     def save() -> None:
         nonlocal saved
-        if step != saved:
-            _require_finite(float(values["loss"]), step)
-            saved = step
-            extra = {"config": description, "position": dataclasses.asdict(position)}
-            checkpoints.save(step, (trained, state), extra)
+        if now.step != saved:
+            _require_finite(float(values["loss"]), now.step)
+            saved = now.step
+            position = whole_position(packer.position, start.placement.local_rows)
+            extra = {"config": _description(c), "position": position.tolist()}
+            checkpoints.save(now.step, (now.trained, now.optimizer), extra)
 
     try:
         with (
-            _told_to_stop() as stop,
-            tqdm(total=c.steps, initial=step, unit="step", disable=None) as bar,
+            _told_to_stop() as told,
+            tqdm(total=c.steps, initial=now.step, unit="step", disable=None if first else True) as bar,
         ):
-            began, since = time.perf_counter(), 0
-            while step < c.steps and not stop:
-                if c.stage_at(step) is not stage:
-                    stage = c.stage_at(step)
+            began, since, stop = time.perf_counter(), 0, False
+            while now.step < c.steps and not stop:
+                if c.stage_at(now.step) is not stage:
+                    stage = c.stage_at(now.step)
                     size = 1 if c.objective == "ar" else stage.block_size
-                    blocks = c.data.blocks if c.data.blocks and size > 1 else c.data.length // size
-                    packer = Packer(
-                        start.documents, c.data.rows, c.data.length, blocks, size, c.seed, start.eos, position
-                    )
-                    update = jax.jit(make_update(start.config, c, dtypes, size), donate_argnums=(0, 1))
+                    position = now.position if packer is None else packer.position
+                    packer = make_packer(c, start, size, position)
+                    update = jax.jit(make_update(start.config, c, start.dtypes, size), donate_argnums=(0, 1))
                 try:
                     rows = next(packer)
                 except InputError:  # a line of the data that is none: what was trained until here stays
-                    save()
+                    if alone:
+                        save()
                     raise
-                batch = placement.rows(_parts(rows, c.accumulate))
-                trained, state, values = update(trained, state, start.frozen, batch, jax.random.fold_in(key, step))
-                step, position, since = step + 1, packer.position, since + 1
+                batch = start.placement.rows(rows)
+                now.trained, now.optimizer, values = update(
+                    now.trained, now.optimizer, start.frozen, batch, np.uint32(now.step)
+                )
+                now.step, since = now.step + 1, since + 1
                 bar.update()
-                if step % c.log_every == 0 or step == c.steps:
+                logged = now.step % c.log_every == 0 or now.step == c.steps
+                if alone or logged:  # processes agree where they wait for the device anyhow
+                    stop = any_process(bool(told))
+                if logged:
                     values = {name: float(value) for name, value in values.items()}
                     loss, seconds = values["loss"], time.perf_counter() - began
-                    _require_finite(loss, step)
+                    _require_finite(loss, now.step)
                     speed = since * c.data.rows * c.data.length / seconds
-                    values |= {"learning_rate": float(rate(step - 1)), "positions_per_second": speed}
-                    values |= {"epoch": position.epoch}
-                    metrics.write(step, values)
+                    values |= {"learning_rate": float(rate(now.step - 1)), "positions_per_second": speed}
+                    values |= {"epochs": packer.epochs}
+                    if metrics is not None:
+                        metrics.write(now.step, values)
                     bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} positions/s")
                     began, since = time.perf_counter(), 0
-                if step % c.save_every == 0 or step == c.steps or stop:
+                if now.step % c.save_every == 0 or now.step == c.steps or stop:
                     save()
     finally:
         checkpoints.close()
-        metrics.close()
-    finished = step == c.steps
+        if metrics is not None:
+            metrics.close()
+    finished = now.step == c.steps
     if finished:
-        start.export(trained, output / "model")
-    return Ended(step, loss, finished)
+        start.export(now.trained, output / "model")
+    return Ended(now.step, loss, finished)
 
 
-def _parts(batch: Batch, parts: int) -> Batch:
-    return jax.tree.map(lambda z: z.reshape(parts, -1, *z.shape[1:]), batch)
+def make_packer(c: TrainingConfig, start: Start, size: int, position: np.ndarray) -> Packer:
+    """The rows that this process reads of a stage with blocks of `size` (1 in AR training)."""
+    blocks = c.data.blocks if c.data.blocks and size > 1 else c.data.length // size
+    rows, length = c.data.rows, c.data.length
+    only = start.placement.local_rows
+    return Packer(start.documents, rows, length, blocks, size, c.seed, start.eos, position, only)
 
 
 def _description(c: TrainingConfig) -> dict[str, Any]:

@@ -128,14 +128,46 @@ def denoising_loss(
     else:
         total, count = (nll * weight).sum(), weight.sum()
     if c.ar_weight:
-        more, of = _block_ar_loss(config, c, denoiser, state, noise)
+        more, of = mock_ar_loss(config, c, context, denoiser, batch, state, noise, jax.random.fold_in(key, 1))
         total += c.ar_weight * more / jnp.maximum(of, 1) * count
     return total, count, _loads(config, after)
 
 
-def _block_ar_loss(config: Config, c: TrainingConfig, denoiser: dict, state: TowerState, noise: Noisy):
-    """Next-token prediction by the denoiser, causal and without time conditioning, within each clean block."""
-    hidden, _ = two_tower.denoiser_hidden(config, denoiser, state, noise.clean, None, causal=True, remat=c.remat)
-    nll = losses(hidden[:, :-1].reshape(-1, hidden.shape[-1]), denoiser["head"], noise.clean[:, 1:].reshape(-1))
-    weight = jnp.broadcast_to(noise.masked.any(-1, keepdims=True), noise.clean[:, 1:].shape).reshape(-1)
+def mock_ar_loss(
+    config: Config,
+    c: TrainingConfig,
+    context: dict,
+    denoiser: dict,
+    batch: Batch,
+    state: TowerState,
+    noise: Noisy,
+    key: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Next-token prediction as mock-AR decodes: one token of each block, given the context tower's state before it.
+
+    Args:
+      config: dimensions.
+      c: the run.
+      context: {"tower", ...} of the context tower.
+      denoiser: {"tower", "head", ...}.
+      batch: rows.
+      state: before each of their blocks.
+      noise: the blocks, of which the clean tokens are read.
+      key: of the choice of a token within each block.
+
+    Returns:
+      the sum and its weight, the number of tokens.
+    """
+    blocks, size = noise.clean.shape
+    offset = jax.random.randint(key, (blocks,), 0, size)
+    before = two_tower.advance(config, context["tower"], state, noise.clean, offset, c.remat)
+    token = jnp.take_along_axis(noise.clean, offset[:, None], axis=1)
+    hidden, _ = two_tower.denoiser_hidden(config, denoiser, before, token, None, causal=True, remat=c.remat)
+
+    rows, length = batch.tokens.shape
+    row = jnp.repeat(jnp.arange(rows), blocks // rows)
+    follows = jnp.minimum(before.length + 1, length - 1)
+    inside = (before.length + 1 < length) & (batch.segments[row, follows] == batch.segments[row, before.length])
+    weight = (inside & noise.masked.any(-1)).astype(jnp.float32)
+    nll = losses(hidden[:, 0], denoiser["head"], batch.tokens[row, follows])
     return (nll * weight).sum(), weight.sum()

@@ -1,5 +1,6 @@
 """Where a run begins: the model's parameters, what of them is trained, the documents; and how its result is written."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -19,7 +20,7 @@ from twotower_jax.publishing import published
 from twotower_jax.tokenizer import load_tokenizer
 from twotower_jax.training.config import TrainingConfig
 from twotower_jax.training.data import Documents
-from twotower_jax.training.sharding import Placement
+from twotower_jax.training.sharding import Placement, whole
 
 
 class Fresh:
@@ -80,7 +81,7 @@ class Start:
             self.eos,
             self.config.vocab_size,
         )
-        self.placement = Placement(jax.devices(), c.data.rows // c.accumulate)
+        self.placement = Placement(jax.devices(), c.data.rows, c.accumulate)
         dtype = inputs.dtype(c.dtype)
         description = two_tower.describe(self.config, c.objective != "ar")
         part = description["context" if c.objective == "ar" else "denoiser"]
@@ -125,28 +126,35 @@ class Start:
         return params | {"time": self.placement.put(time)}
 
     def export(self, trained: dict, folder: Path) -> None:
-        """Writes the model as a converted checkpoint, in the dtypes that the source has; an earlier one is replaced."""
+        """Writes the model as a converted checkpoint, in the dtypes that the source has; an earlier one is replaced.
+
+        Every process calls this, and the first one writes.
+        """
         ar = self._c.objective == "ar"
         description = two_tower.describe(self.config, not ar)
         values = {(("context" if ar else "denoiser"), *path): value for path, value in flatten(trained)}
-        raw = dict(self._source.raw_config)
-        raw = raw | {"architectures": [BACKBONE_ARCHITECTURE]} if ar else as_two_towers(raw, self.config)
-        if folder.exists():
+        first = jax.process_index() == 0
+        if first and folder.exists():
             shutil.rmtree(folder)
-        with published(folder) as unfinished:
-            writer = checkpoint.Writer(unfinished, not ar, {})
+        with published(folder) if first else contextlib.nullcontext() as unfinished:
+            writer = checkpoint.Writer(unfinished, not ar, {}) if first else None
             for path, p in flatten(description):
-                like = ("context", *path[1:]) if path[1] != "time" else ("context", "tower", "embeddings")
-                if path in values:
-                    value = np.asarray(values[path])
-                elif self._c.objective == "tied":
-                    value = np.asarray(values["denoiser", *path[1:]])
-                else:
-                    value = self._source.read(path)
-                writer.add(path, p, value.astype(self._source.dtype(like)))
-            writer.finish()
-            for name in sources.TOKENIZER_FILES:
-                if (self._source.folder / name).is_file():
-                    shutil.copyfile(self._source.folder / name, unfinished / name)
-            shutil.copyfile(self._tokenizer_file, unfinished / "tokenizer.json")
-            (unfinished / "config.json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
+                own = ("denoiser", *path[1:]) if self._c.objective == "tied" else path
+                value = whole(values[own]) if own in values else self._source.read(path)
+                if writer is not None:
+                    like = ("context", *path[1:]) if path[1] != "time" else ("context", "tower", "embeddings")
+                    writer.add(path, p, value.astype(self._source.dtype(like)))
+            if writer is not None:
+                writer.finish()
+                self._describe(unfinished)
+
+    def _describe(self, folder: Path) -> None:
+        """`config.json` and the tokenizer's files of the model that the run gives."""
+        raw = dict(self._source.raw_config)
+        ar = self._c.objective == "ar"
+        raw = raw | {"architectures": [BACKBONE_ARCHITECTURE]} if ar else as_two_towers(raw, self.config)
+        for name in sources.TOKENIZER_FILES:
+            if (self._source.folder / name).is_file():
+                shutil.copyfile(self._source.folder / name, folder / name)
+        shutil.copyfile(self._tokenizer_file, folder / "tokenizer.json")
+        (folder / "config.json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")

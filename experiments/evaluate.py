@@ -1,0 +1,81 @@
+"""Exact match by task and mode, and tokens per forward, of a model on the held-out tasks.
+
+    python -m experiments.evaluate MODEL [--modes ar g0.8_T16 ...] [--block-size 16] [--rows N] [--out FILE.json]
+
+A diffusion mode is g{threshold}_T{steps}. Tokens count up to a row's first EOS; forwards are the denoiser's, in ar the
+context tower's; commits are the context tower's passes over finished blocks. Greedy, float32, in batches of 100 rows.
+"""
+
+import collections
+import json
+from pathlib import Path
+
+import twotower_jax as tt
+from experiments import harness
+from twotower_jax import sources
+from twotower_jax.tokenizer import load_tokenizer
+
+ROWS = 100
+NEW_TOKENS = 64
+
+
+def generate(model: tt.Model, mode: str, prompts: list[list[int]], block_size: int = 16):
+    """What a mode writes: `model.Generation`."""
+    options = {"max_new_tokens": NEW_TOKENS, "eos_token_id": model.config.eos_token_ids}
+    if mode == "ar":
+        return model.generate_ar(prompts, **options)
+    if mode == "mock-ar":
+        return model.generate_mock_ar(prompts, **options)
+    threshold, steps = mode.removeprefix("g").split("_T")
+    return model.generate_mask_diffusion(
+        prompts, block_size=block_size, confidence_threshold=float(threshold), steps_per_block=int(steps), **options
+    )
+
+
+def evaluate(model: tt.Model, examples: list[dict], mode: str, block_size: int = 16) -> dict:
+    """ "exact_match" (of all, and "by_task"), "tokens_per_forward", "tokens", "forwards" and "commits"."""
+    tokenizer = load_tokenizer(sources.locate("demo"))
+    right, total = collections.Counter(), collections.Counter()
+    tokens = forwards = commits = 0
+    for start in range(0, len(examples), ROWS):
+        part = examples[start : start + ROWS]
+        g = generate(model, mode, [tokenizer.encode(example["prompt"]).ids for example in part], block_size)
+        for example, row, passes in zip(part, g.tokens, g.forwards, strict=True):
+            total[example["task"]] += 1
+            right[example["task"]] += row == tokenizer.encode(example["completion"]).ids
+            tokens, forwards = tokens + len(row), forwards + passes
+            commits += -(-len(row) // block_size) - 1 if mode.startswith("g") else 0
+    return {
+        "exact_match": right.total() / total.total(),
+        "tokens_per_forward": tokens / forwards,
+        "tokens": tokens,
+        "forwards": forwards,
+        "commits": commits,
+        "by_task": {task: right[task] / total[task] for task in sorted(total)},
+    }
+
+
+def line(name: str, found: dict) -> str:
+    """A result in words."""
+    return f"{name:>24}: {found['exact_match']:6.1%} exact, {found['tokens_per_forward']:5.2f} tokens per forward"
+
+
+def main():
+    parser = harness.parser(__doc__)
+    parser.add_argument("model")
+    parser.add_argument("--modes", nargs="+", default=["ar", "mock-ar", "g0.95_T16", "g0.8_T16", "g0.8_T4", "g0.5_T16"])
+    parser.add_argument("--block-size", type=int, default=16)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    model = tt.load(args.model, dtype="float32")
+    results = {}
+    for mode in args.modes if model.two_towers else ["ar"]:
+        results[mode] = found = evaluate(model, harness.examples(args.rows), mode, args.block_size)
+        print(line(mode, found))
+        print(" " * 26 + ", ".join(f"{task} {share:.0%}" for task, share in found["by_task"].items()), flush=True)
+    if args.out:
+        args.out.write_text(json.dumps(harness.about() | {"model": args.model, "modes": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

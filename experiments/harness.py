@@ -1,0 +1,91 @@
+"""What the experiments share: data and backbone, variants of the denoiser trained alike, results beside the scripts.
+
+Runs and data go to `experiments/work`, which git ignores; a run that is there and whole is not made again.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+
+import twotower_jax as tt
+from experiments.demo import tasks
+from twotower_jax.training.config import TrainingConfig, read_training_config
+from twotower_jax.training.loop import run
+from twotower_jax.training.start import Start
+
+HOME = Path(__file__).parent
+WORK = HOME / "work"
+RESULTS = HOME / "results"
+BACKBONE = HOME / "demo" / "backbone"
+
+
+def make_data() -> None:
+    """Training and held-out examples, the same on every machine."""
+    if not (WORK / "train.jsonl").is_file():
+        tasks.write(WORK)
+
+
+def examples(count: int | None = None) -> list[dict]:
+    """Held-out examples, {"prompt", "completion", "task"}."""
+    make_data()
+    return [json.loads(line) for line in (WORK / "test.jsonl").read_text().splitlines()][:count]
+
+
+def variant(name: str, steps: int, block_size: int = 16, **changes) -> TrainingConfig:
+    """The shipped denoiser's run, shortened, with changes; the same rows and positions a step for every variant."""
+    c = read_training_config(HOME / "demo" / "denoiser.toml")
+    (stage,) = c.stages
+    stage = dataclasses.replace(stage, steps=steps, block_size=block_size, decay=steps * 2 // 5)
+    data = dataclasses.replace(c.data, blocks=c.data.blocks * 16 // block_size)
+    output = str(WORK / f"{name}-{steps}")
+    return dataclasses.replace(c, output=output, data=data, stages=(stage,), save_every=250, keep=1, **changes)
+
+
+def trained(c: TrainingConfig) -> tt.Model:
+    """The model that a run gives, in float32."""
+    make_data()
+    model = Path(c.output) / "model"
+    if not model.is_dir():
+        print(f"training {c.output}", flush=True)
+        if not run(c, Start(c)).finished:
+            sys.exit("stopped; the same command goes on")
+    return tt.load(model, dtype="float32")
+
+
+def parser(about: str) -> argparse.ArgumentParser:
+    """With what every experiment takes."""
+    made = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--rows", type=int, help="the first rows of the held-out prompts alone")
+    return made
+
+
+def about() -> dict[str, str]:
+    """Where and how a result was made."""
+    program = sys.modules["__main__"].__spec__.name
+    return {
+        "command": " ".join(["python -m", program, *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+        "jax": version("jax"),
+        "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
+    }
+
+
+def save(name: str, results: dict, draw: Callable) -> None:
+    """`results/NAME.json`, with where and how it was made, and `results/NAME.png`, which `draw(axes, results)` draws."""
+    import matplotlib.pyplot as plt
+
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(about() | results, indent=1) + "\n")
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    draw(axes, results)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    figure.savefig(RESULTS / f"{name}.png", dpi=130)
+    print(f"written: {RESULTS / name}.json, .png")

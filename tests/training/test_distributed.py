@@ -1,0 +1,97 @@
+"""Rows and parameters over several devices and processes: the same run, within float error."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import largest_difference
+
+import twotower_jax as tt
+from twotower_jax.distributed import join
+
+
+@pytest.fixture
+def command(settings, home):
+    """command(output, more steps, more TOML lines) writes a run of 8 rows a step and gives what starts it."""
+
+    def write(output, steps=4, more="accumulate = 2"):
+        settings("ar", output, more=more)
+        file = home / f"{output}.toml"
+        file.write_text(file.read_text().replace("rows = 4", "rows = 8").replace("steps = 4", f"steps = {steps}"))
+        return [sys.executable, "-m", "twotower_jax.cli", "train", str(file)]
+
+    return write
+
+
+def devices(count):
+    """An environment with so many of them."""
+    return os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
+
+
+def curve(folder):
+    with open(folder / "metrics.jsonl") as lines:
+        return [json.loads(line)["loss"] for line in lines if line.endswith("\n")]
+
+
+def together(command, processes=2):
+    """The processes of one job, of two devices each."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        job = ["--coordinator", f"localhost:{free.getsockname()[1]}", "--processes", str(processes)]
+    return [
+        subprocess.Popen([*command, *job, "--process", str(i)], env=devices(2), stderr=subprocess.PIPE, text=True)
+        for i in range(processes)
+    ]
+
+
+def test_devices_and_processes_are_one(command, home):
+    """One device; four; two processes of two. The model is the same too, written once."""
+    subprocess.run(command("one"), check=True, env=devices(1), capture_output=True)
+    subprocess.run(command("four"), check=True, env=devices(4), capture_output=True)
+    jobs = together(command("job"))
+    assert [job.communicate() and job.returncode for job in jobs] == [0, 0]
+    assert len(curve(home / "one")) == 4
+    for name in "four", "job":
+        np.testing.assert_allclose(curve(home / "one"), curve(home / name), rtol=2e-5)
+        models = [tt.load(home / folder / "model", dtype="float32").params for folder in ("one", name)]
+        assert largest_difference(*models) < 2e-3
+
+
+def test_processes_stop_and_go_on_as_one(command, home):
+    """A signal to one process of a job ends all of them with a checkpoint, and one process alone goes on."""
+    whole = command("whole", steps=60)
+    subprocess.run(whole, check=True, env=devices(1), capture_output=True)
+    stopped = command("stopped", steps=60)
+    jobs = together(stopped)
+    metrics = home / "stopped" / "metrics.jsonl"
+    while not metrics.exists() or len(curve(home / "stopped")) < 5:
+        assert jobs[1].poll() is None
+        time.sleep(0.02)
+    jobs[1].send_signal(signal.SIGTERM)
+    assert [job.communicate() and job.returncode for job in jobs] == [130, 130]
+    done = len(curve(home / "stopped"))
+    assert done < 60
+    subprocess.run(stopped, check=True, env=devices(1), capture_output=True)
+    np.testing.assert_allclose(curve(home / "whole")[: done + 1], curve(home / "stopped")[: done + 1], rtol=1e-3)
+    assert len(curve(home / "stopped")) == 60
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((None, 2, None), "need --coordinator"),
+        (("auto", 2, 0), "by itself"),
+        (("here:1", 2, None), "needs --processes and --process"),
+        (("here:1", 2, 2), "--process 2 must be from 0 to 1"),
+        (("here", 2, 0), "takes HOST:PORT or auto, not here"),
+    ],
+)
+def test_bad_jobs(arguments, message):
+    with pytest.raises(tt.InputError, match=message):
+        join(*arguments)
