@@ -35,7 +35,7 @@ def make_data() -> None:
 def examples(count: int | None = None) -> list[dict]:
     """Held-out examples, {"prompt", "completion", "task"}."""
     make_data()
-    return [json.loads(line) for line in (WORK / "test.jsonl").read_text().splitlines()][:count]
+    return tasks.read(WORK / "test.jsonl")[:count]
 
 
 def variant(name: str, steps: int, block_size: int = 16, **changes) -> TrainingConfig:
@@ -78,7 +78,7 @@ def about() -> dict[str, str]:
 
 
 def save(name: str, results: dict, draw: Callable) -> None:
-    """`results/NAME.json`, with where and how it was made, and `results/NAME.png`, which `draw(axes, results)` draws."""
+    """`results/NAME.json`, with where and how it was made, and `results/NAME.png`, drawn by `draw(axes, results)`."""
     import matplotlib.pyplot as plt
 
     RESULTS.mkdir(exist_ok=True)

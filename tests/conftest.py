@@ -71,18 +71,14 @@ def tiny() -> Golden:
     return golden_of("tiny-0")
 
 
-@pytest.fixture
-def demo() -> tt.Model:
-    return load("demo")
-
-
 @pytest.fixture(scope="session")
-def demo_prompts() -> list[dict]:
-    return json.loads((DATA / "demo_prompts.json").read_text())
+def task_prompts() -> list[dict]:
+    """Of trained-0: prompts, right answers, and the reference's tokens by mode."""
+    return json.loads((DATA / "trained-0" / "prompts.json").read_text())
 
 
-def demo_ids(text: str) -> list[int]:
-    """The demo's tokenizer: a byte plus 4."""
+def byte_ids(text: str) -> list[int]:
+    """The tokenizer of trained-0 and of the shipped model: a byte plus 4."""
     return [byte + 4 for byte in text.encode()]
 
 

@@ -40,13 +40,13 @@ def test_generate(capsys):
 
 
 @pytest.mark.parametrize("mode", ["diffusion", "ar", "mock-ar"])
-def test_generate_json(capsys, demo_prompts, mode, tmp_path):
-    one, two, three = demo_prompts[:3]
+def test_generate_json(capsys, task_prompts, mode, tmp_path):
+    one, two, three = task_prompts[:3]
     (tmp_path / "prompt").write_text(two["prompt"] + "\n")
     ids = ",".join(str(byte + 4) for byte in three["prompt"].encode())
     prompts = ["--prompt", one["prompt"], "--prompt-file", str(tmp_path / "prompt"), "--ids", ids]
     options = ["--mode", mode, "--dtype", "float32", "--max-new-tokens", "32"]
-    result = run_json(capsys, "generate", "demo", *prompts, *options)
+    result = run_json(capsys, "generate", str(DATA / "trained-0"), *prompts, *options)
     key = {"diffusion": "g0.8_T16", "ar": "ar", "mock-ar": "mock_ar"}[mode]
     assert [row["tokens"] for row in result["rows"]] == [p[key] for p in (one, two, three)]
     assert result["mode"] == mode

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import demo_ids, golden_of, load
+from conftest import byte_ids, golden_of, load
 
 import twotower_jax as tt
 from twotower_jax import memory
@@ -108,17 +108,17 @@ def test_copies_of_a_backbone_agree(tmp_path):
     assert model.generate_mask_diffusion(prompts, 16).errors == [None] * 4
 
 
-# Measured (median over all logits of |bfloat16 - float32|, logits of standard deviation 3 to 4): demo 0.006,
+# Measured (median over all logits of |bfloat16 - float32|, logits of standard deviation 3 to 4): trained-0 0.006,
 # tiny-0 0.029, grouped-0 0.040, backbone-0 0.145. Tails are long: an expert chosen differently moves a whole position.
-BFLOAT16_MEDIAN = {"demo": 0.01, "tiny-0": 0.05, "grouped-0": 0.06, "backbone-0": 0.2}
+BFLOAT16_MEDIAN = {"trained-0": 0.01, "tiny-0": 0.05, "grouped-0": 0.06, "backbone-0": 0.2}
 
 
 @pytest.mark.parametrize("name", BFLOAT16_MEDIAN)
-def test_bfloat16_logits(name, demo_prompts):
+def test_bfloat16_logits(name, task_prompts):
     half, full = load(name, "bfloat16"), load(name)
     assert half.params["context"]["head"].dtype == jnp.bfloat16
-    if name == "demo":
-        prompts = [demo_ids(p["prompt"] + p["answer"]) for p in demo_prompts[:20]]
+    if name == "trained-0":
+        prompts = [byte_ids(p["prompt"] + p["answer"]) for p in task_prompts[:20]]
     else:
         prompts = golden_of(name).prompts
     differences = [np.abs(half.context_logits(ids) - full.context_logits(ids)).ravel() for ids in prompts]

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from orbax.checkpoint.experimental import v1 as ocp
 
@@ -104,7 +105,10 @@ class ConvertedFolder:
 
 
 class Writer:
-    """Writes parameters one after the other; nothing under `folder` loads before `finish`."""
+    """Writes parameters one after the other; nothing under `folder` loads before `finish`.
+
+    In a job of several processes all call it alike, for Orbax has them wait for each other; the first one writes.
+    """
 
     def __init__(self, folder: Path, two_towers: bool, odd_dtypes: dict[str, str]):
         self._folder, self._path = folder, (folder / PARAMS).absolute()
@@ -128,6 +132,8 @@ class Writer:
         self._flush()
         with _orbax(f"cannot write {self._path}"):
             ocp.partial.finalize(self._path)
+        if jax.process_index() != 0:
+            return
         contents = self._contents | {"files": dict(sorted(_sizes(self._path).items())), "checksums": self._checksums}
         (self._folder / CONTENTS).write_text(json.dumps(contents) + "\n", encoding="utf-8")
 

@@ -14,7 +14,7 @@ MODES = {
     "diffusion, 4 steps": "the same in 4 passes a block at most",
     "mock-ar": "the denoiser, token by token: a diagnostic of its training",
 }
-NEW_TOKENS = 32
+NEW_TOKENS = 64
 
 
 def tour() -> dict[str, Any]:

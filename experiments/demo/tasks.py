@@ -101,5 +101,10 @@ def write(out: Path, train: int = 400_000, test: int = 500) -> None:
         (out / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in part))
 
 
+def read(file: Path) -> list[dict]:
+    """The examples of a file."""
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
 if __name__ == "__main__":
     write(Path(sys.argv[1]))

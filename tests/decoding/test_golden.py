@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from conftest import Golden, demo_ids, golden_of, load
+from conftest import Golden, byte_ids, golden_of, load
 
 from twotower_jax import two_tower
 from twotower_jax.decoding import diffusion
@@ -103,16 +103,16 @@ def test_diffusion_trace(golden, setting):
 
 
 @pytest.mark.parametrize("mode", ["ar", "mock_ar", "g0.8_T16", "g0.5_T16", "g0.95_T16", "g0.8_T4"])
-def test_demo(demo_prompts, mode):
+def test_trained(task_prompts, mode):
     """120 prompts of the trained model, as one ragged batch."""
-    demo = load("demo")
-    prompts = [demo_ids(p["prompt"]) for p in demo_prompts]
+    trained = load("trained-0")
+    prompts = [byte_ids(p["prompt"]) for p in task_prompts]
     if mode.startswith("g"):
         gamma, steps = mode[1:].split("_T")
-        g = demo.generate_mask_diffusion(
+        g = trained.generate_mask_diffusion(
             prompts, 32, steps_per_block=int(steps), confidence_threshold=float(gamma), eos_token_id=14
         )
-        assert g.forwards == [p[f"{mode}/forwards"] for p in demo_prompts]
+        assert g.forwards == [p[f"{mode}/forwards"] for p in task_prompts]
     else:
-        g = (demo.generate_ar if mode == "ar" else demo.generate_mock_ar)(prompts, 32, eos_token_id=14)
-    assert g.tokens == [p[mode] for p in demo_prompts]
+        g = (trained.generate_ar if mode == "ar" else trained.generate_mock_ar)(prompts, 32, eos_token_id=14)
+    assert g.tokens == [p[mode] for p in task_prompts]

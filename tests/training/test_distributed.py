@@ -17,11 +17,11 @@ from twotower_jax.distributed import join
 
 
 @pytest.fixture
-def command(settings, home):
+def command(settings, home, backbone):
     """command(output, more steps, more TOML lines) writes a run of 8 rows a step and gives what starts it."""
 
     def write(output, steps=4, more="accumulate = 2"):
-        settings("ar", output, more=more)
+        settings("denoise", output, backbone, more=more)
         file = home / f"{output}.toml"
         file.write_text(file.read_text().replace("rows = 4", "rows = 8").replace("steps = 4", f"steps = {steps}"))
         return [sys.executable, "-m", "twotower_jax.cli", "train", str(file)]
@@ -50,12 +50,21 @@ def together(command, processes=2):
     ]
 
 
+def statuses(jobs):
+    """How each process ended; one that never would is killed."""
+    try:
+        return [job.communicate(timeout=200) and job.returncode for job in jobs]
+    finally:
+        for job in jobs:
+            job.kill()
+
+
 def test_devices_and_processes_are_one(command, home):
     """One device; four; two processes of two. The model is the same too, written once."""
     subprocess.run(command("one"), check=True, env=devices(1), capture_output=True)
     subprocess.run(command("four"), check=True, env=devices(4), capture_output=True)
     jobs = together(command("job"))
-    assert [job.communicate() and job.returncode for job in jobs] == [0, 0]
+    assert statuses(jobs) == [0, 0]
     assert len(curve(home / "one")) == 4
     for name in "four", "job":
         np.testing.assert_allclose(curve(home / "one"), curve(home / name), rtol=2e-5)
@@ -63,6 +72,7 @@ def test_devices_and_processes_are_one(command, home):
         assert largest_difference(*models) < 2e-3
 
 
+@pytest.mark.slow
 def test_processes_stop_and_go_on_as_one(command, home):
     """A signal to one process of a job ends all of them with a checkpoint, and one process alone goes on."""
     whole = command("whole", steps=60)
@@ -74,7 +84,7 @@ def test_processes_stop_and_go_on_as_one(command, home):
         assert jobs[1].poll() is None
         time.sleep(0.02)
     jobs[1].send_signal(signal.SIGTERM)
-    assert [job.communicate() and job.returncode for job in jobs] == [130, 130]
+    assert statuses(jobs) == [130, 130]
     done = len(curve(home / "stopped"))
     assert done < 60
     subprocess.run(stopped, check=True, env=devices(1), capture_output=True)

@@ -214,7 +214,7 @@ def test_kill_nine_times_ten(settings, home):
     steps, rng = 300, random.Random(0)
 
     def longer(output):
-        c = settings("ar", output)
+        settings("ar", output)
         file = home / f"{output}.toml"
         file.write_text(file.read_text().replace("steps = 4", f"steps = {steps}"))
         return read_training_config(file)

@@ -231,6 +231,7 @@ def run(c: TrainingConfig, start: Start) -> Ended:
         if now.step != saved:
             _require_finite(float(values["loss"]), now.step)
             saved = now.step
+            jax.block_until_ready(now.trained)
             position = whole_position(packer.position, start.placement.local_rows)
             extra = {"config": _description(c), "position": position.tolist()}
             checkpoints.save(now.step, (now.trained, now.optimizer), extra)
@@ -240,7 +241,7 @@ def run(c: TrainingConfig, start: Start) -> Ended:
             _told_to_stop() as told,
             tqdm(total=c.steps, initial=now.step, unit="step", disable=None if first else True) as bar,
         ):
-            began, since, stop = time.perf_counter(), 0, False
+            began, tokens, stop = time.perf_counter(), 0, False
             while now.step < c.steps and not stop:
                 if c.stage_at(now.step) is not stage:
                     stage = c.stage_at(now.step)
@@ -258,22 +259,23 @@ def run(c: TrainingConfig, start: Start) -> Ended:
                 now.trained, now.optimizer, values = update(
                     now.trained, now.optimizer, start.frozen, batch, np.uint32(now.step)
                 )
-                now.step, since = now.step + 1, since + 1
+                now.step, tokens = now.step + 1, tokens + int((rows.segments > 0).sum())
                 bar.update()
-                logged = now.step % c.log_every == 0 or now.step == c.steps
-                if alone or logged:  # processes agree where they wait for the device anyhow
+                if now.step % c.log_every == 0 or now.step == c.steps:
+                    jax.block_until_ready(now.trained)  # before the processes talk of other things
                     stop = any_process(bool(told))
-                if logged:
                     values = {name: float(value) for name, value in values.items()}
                     loss, seconds = values["loss"], time.perf_counter() - began
                     _require_finite(loss, now.step)
-                    speed = since * c.data.rows * c.data.length / seconds
-                    values |= {"learning_rate": float(rate(now.step - 1)), "positions_per_second": speed}
+                    speed = tokens * jax.process_count() / seconds
+                    values |= {"learning_rate": float(rate(now.step - 1)), "tokens_per_second": speed}
                     values |= {"epochs": packer.epochs}
                     if metrics is not None:
                         metrics.write(now.step, values)
-                    bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} positions/s")
-                    began, since = time.perf_counter(), 0
+                    bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s")
+                    began, tokens = time.perf_counter(), 0
+                elif alone:
+                    stop = bool(told)
                 if now.step % c.save_every == 0 or now.step == c.steps or stop:
                     save()
     finally:

@@ -1,5 +1,7 @@
 """Training over several devices and processes: rows and parameters are split, sums are over all."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -84,6 +86,17 @@ def whole_position(position: np.ndarray, local_rows: np.ndarray) -> np.ndarray:
     own[local_rows] = position[local_rows]
     halves = np.asarray(multihost_utils.process_allgather(own.view(np.int32)))  # JAX has no int64 unless asked to
     return halves.sum(0, dtype=np.int32).view(np.int64)
+
+
+def of_first_process(path: Path | None) -> Path:
+    """A path that the first process knows."""
+    if jax.process_count() == 1:
+        return path
+    text = np.zeros(4096, np.uint8)
+    if path is not None:
+        raw = os.fsencode(path)
+        text[: len(raw)] = np.frombuffer(raw, np.uint8)
+    return Path(os.fsdecode(bytes(multihost_utils.broadcast_one_to_all(text)).rstrip(b"\0")))
 
 
 def any_process(told: bool) -> bool:

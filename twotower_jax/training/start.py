@@ -20,7 +20,7 @@ from twotower_jax.publishing import published
 from twotower_jax.tokenizer import load_tokenizer
 from twotower_jax.training.config import TrainingConfig
 from twotower_jax.training.data import Documents
-from twotower_jax.training.sharding import Placement, whole
+from twotower_jax.training.sharding import Placement, of_first_process, whole
 
 
 class Fresh:
@@ -128,7 +128,7 @@ class Start:
     def export(self, trained: dict, folder: Path) -> None:
         """Writes the model as a converted checkpoint, in the dtypes that the source has; an earlier one is replaced.
 
-        Every process calls this, and the first one writes.
+        Every process calls this.
         """
         ar = self._c.objective == "ar"
         description = two_tower.describe(self.config, not ar)
@@ -136,16 +136,16 @@ class Start:
         first = jax.process_index() == 0
         if first and folder.exists():
             shutil.rmtree(folder)
-        with published(folder) if first else contextlib.nullcontext() as unfinished:
-            writer = checkpoint.Writer(unfinished, not ar, {}) if first else None
+        with published(folder) if first else contextlib.nullcontext() as made:
+            unfinished = of_first_process(made)
+            writer = checkpoint.Writer(unfinished, not ar, {})
             for path, p in flatten(description):
                 own = ("denoiser", *path[1:]) if self._c.objective == "tied" else path
                 value = whole(values[own]) if own in values else self._source.read(path)
-                if writer is not None:
-                    like = ("context", *path[1:]) if path[1] != "time" else ("context", "tower", "embeddings")
-                    writer.add(path, p, value.astype(self._source.dtype(like)))
-            if writer is not None:
-                writer.finish()
+                like = ("context", *path[1:]) if path[1] != "time" else ("context", "tower", "embeddings")
+                writer.add(path, p, value.astype(self._source.dtype(like)))
+            writer.finish()
+            if first:
                 self._describe(unfinished)
 
     def _describe(self, folder: Path) -> None:
