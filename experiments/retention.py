@@ -13,8 +13,8 @@ import twotower_jax as tt
 from experiments import harness
 from experiments.evaluate import evaluate, line
 from twotower_jax.training.config import read_training_config
-from twotower_jax.training.loop import export
 from twotower_jax.training.start import Start
+from twotower_jax.training.state import export
 
 RUNS = ["denoiser", "refine"]
 MODES = ["g0.95_T16", "g0.8_T16"]

@@ -196,8 +196,8 @@ def _export(args: argparse.Namespace) -> int:
     """Write the model that a run has made so far, from one of its checkpoints."""
     from twotower_jax import sources
     from twotower_jax.training.config import read_training_config
-    from twotower_jax.training.loop import export
     from twotower_jax.training.start import Start
+    from twotower_jax.training.state import export
 
     config = read_training_config(sources.user_path(args.config))
     target = sources.user_path(args.target)

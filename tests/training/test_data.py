@@ -172,3 +172,29 @@ def test_no_files(tmp_path):
 def test_json_escapes(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "a b"}) + "\n")
     assert read(tmp_path / "a.jsonl")[0].tokens.tolist() == [65, 0, 66, EOS]
+
+
+def test_a_bad_document_moves_nothing():
+    """Neither its own row nor those that were packed before it."""
+    made = documents()
+
+    class Mended(list):
+        bad = made[2]
+
+        def __getitem__(self, number):
+            document = super().__getitem__(number)
+            if document is self.bad:
+                raise tt.InputError("line 3: not JSON")
+            return document
+
+    source = Mended(made)
+    packer = Packer(source, rows=3, length=48, blocks=6, block_size=8, seed=1, eos=EOS)
+    good = Packer(made, rows=3, length=48, blocks=6, block_size=8, seed=1, eos=EOS)
+    with pytest.raises(tt.InputError, match="line 3"):
+        for _ in range(10):
+            before = packer.position
+            next(packer)
+            next(good)
+    np.testing.assert_array_equal(packer.position, before)
+    source.bad = None
+    np.testing.assert_array_equal(next(packer).tokens, next(good).tokens)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,8 +22,9 @@ from convert import convert
 from twotower_jax.cli import main
 from twotower_jax.training import data
 from twotower_jax.training.config import read_training_config
-from twotower_jax.training.loop import export, run
+from twotower_jax.training.loop import run
 from twotower_jax.training.start import Start
+from twotower_jax.training.state import export
 
 
 def trained(c):
@@ -146,6 +148,21 @@ def test_bfloat16_compute_keeps_float32_masters(settings):
     assert {leaf.dtype for leaf in jax.tree.leaves(start.trained())} == {jnp.dtype(jnp.float32)}
     model = trained(c)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(model.params))
+
+
+def test_another_model_for_the_same_folder(settings, backbone, home, tmp_path_factory):
+    """A run goes on where its folder has been moved to, with the model that it began from and no other."""
+    first = trained(settings("denoise", "two", backbone))
+    moved = tmp_path_factory.mktemp("there") / "moved"
+    shutil.copytree(home, moved)
+    shutil.rmtree(moved / "two" / "model")
+    model = trained(read_training_config(moved / "two.toml"))
+    assert largest_difference(model.params, first.params) == 0
+    other = Start(dataclasses.replace(settings("ar"), seed=1))
+    other.export(other.trained(), home / "other")
+    c = settings("denoise", "two", "other")
+    with pytest.raises(tt.InputError, match="holds a run with another model"):
+        run(c, Start(c))
 
 
 def test_another_run_in_the_same_folder(settings):

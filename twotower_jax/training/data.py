@@ -181,10 +181,9 @@ class Packer:
     def _shuffled(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self._seed, epoch]).permutation(len(self._documents))
 
-    def _piece(self, row: int) -> tuple[np.ndarray, int, int]:
+    def _piece(self, number: int, token: int) -> tuple[np.ndarray, int, int]:
         """Tokens that begin or continue a document, how many of them are given, and where it goes on (0: nowhere)."""
-        number, token = self.position[row]
-        epoch, index = divmod(int(number), len(self._documents))
+        epoch, index = divmod(number, len(self._documents))
         document = self._documents[int(self._order(epoch)[index])]
         tokens, prompt = document.tokens[token:], max(0, document.prompt - token)
         if prompt:  # of a long prompt the end counts, with room for a first block
@@ -202,10 +201,12 @@ class Packer:
         tokens, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
         targets = np.zeros(shape, bool)
         starts = np.full((len(self._rows), self._blocks), -1, np.int32)
+        position = self.position.copy()
         for here, row in enumerate(self._rows):
-            at = number = used = 0
+            at = count = used = 0
             while True:
-                piece, prompt, after = self._piece(row)
+                number, token = position[row].tolist()
+                piece, prompt, after = self._piece(number, token)
                 pad = -prompt % size
                 completion = len(piece) - prompt
                 blocks = -(-completion // size)
@@ -213,16 +214,15 @@ class Packer:
                 if end > self._length or used + blocks > self._blocks:
                     break
                 first = at + pad
-                number += 1
+                count += 1
                 tokens[here, first:end] = self._eos
                 tokens[here, first : first + len(piece)] = piece
-                segments[here, first:end] = number
+                segments[here, first:end] = count
                 targets[here, first + prompt : end] = True
                 starts[here, used : used + blocks] = first + prompt + size * np.arange(blocks)
                 used, at = used + blocks, end
-                self.position[row] = (
-                    (self.position[row, 0], after) if after else (self.position[row, 0] + self._step, 0)
-                )
+                position[row] = (number, after) if after else (number + self._step, 0)
+        self.position = position  # not before: a document may be none
         return Batch(tokens, segments, targets, starts)
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shutil
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ class Start:
       frozen: {"tower", "head"} of the context tower; nothing when it is trained itself.
       dtypes: of compute, for each trained parameter.
       documents: the data.
+      fingerprint: of the model that the run starts from.
       eos: the id that ends a document.
       placement: the devices.
 
@@ -81,6 +83,7 @@ class Start:
             self.eos,
             self.config.vocab_size,
         )
+        self.fingerprint = zlib.crc32(np.ascontiguousarray(self._source.read(("context", "tower", "embeddings"))))
         self.placement = Placement(jax.devices(), c.data.rows, c.accumulate)
         dtype = inputs.dtype(c.dtype)
         description = two_tower.describe(self.config, c.objective != "ar")
