@@ -1,16 +1,23 @@
-"""One-line tasks with exact answers: what the shipped model is trained on and judged by.
+"""One-line tasks with exact answers: what the shipped model is trained on and judged by; and its tokenizer.
 
     python -m experiments.demo.tasks OUT
 
-writes OUT/train.jsonl and OUT/test.jsonl, lines of {"prompt", "completion", "task"}. No test prompt is trained on.
+writes OUT/train.jsonl and OUT/test.jsonl, lines of {"prompt", "completion", "task"}, and OUT/tokenizer.json. No test
+prompt is trained on.
 """
 
 import json
 import random
+import string
 import sys
 from pathlib import Path
 
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+
 WORDS = (Path(__file__).parent / "words.txt").read_text().split()
+SPECIAL = ["<pad>", "<s>", "</s>", "<mask>"]
 
 
 def words(rng: random.Random, low: int, high: int) -> list[str]:
@@ -18,45 +25,47 @@ def words(rng: random.Random, low: int, high: int) -> list[str]:
 
 
 def copy(rng):
-    chosen = words(rng, 2, 6)
+    chosen = words(rng, 2, 10)
     return " ".join(chosen), " ".join(chosen)
 
 
+def reverse(rng):
+    chosen = words(rng, 2, 8)
+    return " ".join(chosen), " ".join(chosen[::-1])
+
+
+def sort(rng):
+    chosen = words(rng, 2, 6)
+    return " ".join(chosen), " ".join(sorted(chosen))
+
+
 def upper(rng):
-    chosen = words(rng, 1, 4)
+    chosen = words(rng, 2, 8)
     return " ".join(chosen), " ".join(chosen).upper()
 
 
-def join(rng):
-    chosen = words(rng, 2, 5)
-    return " ".join(chosen), "-".join(chosen)
-
-
 def twice(rng):
-    chosen = words(rng, 1, 3)
+    chosen = words(rng, 2, 6)
     return " ".join(chosen), " ".join(chosen * 2)
 
 
-def swap(rng):
-    one, two = words(rng, 2, 2)
-    return f"{one} {two}", f"{two} {one}"
-
-
 def first(rng):
-    chosen = words(rng, 2, 6)
+    chosen = words(rng, 2, 8)
     return " ".join(chosen), " ".join(word[0] for word in chosen)
 
 
 def spell(rng):
-    (word,) = words(rng, 1, 1)
-    return word, " ".join(word)
+    chosen = words(rng, 2, 4)
+    return " ".join(chosen), ", ".join(" ".join(word) for word in chosen)
 
 
 def lookup(rng):
-    keys, values = words(rng, 3, 5), words(rng, 3, 5)
+    """Two of the keys, so that the answer is a sentence."""
+    keys, values = words(rng, 3, 6), words(rng, 6, 6)
     pairs = list(zip(keys, values, strict=False))
-    key, value = rng.choice(pairs)
-    return ", ".join(f"{k} is {v}" for k, v in pairs) + f"; {key}", f"{key} is {value}"
+    asked = rng.sample(pairs, 2)
+    given = ", ".join(f"{k} is {v}" for k, v in pairs)
+    return f"{given}; {asked[0][0]} and {asked[1][0]}", " and ".join(f"{k} is {v}" for k, v in asked)
 
 
 def count(rng):
@@ -73,7 +82,7 @@ def add(rng):
     return f"{one} {two}", f"{one % 10}+{two % 10}={low}, {one // 10}+{two // 10}{carry}={high}, {one + two}"
 
 
-TASKS = {task.__name__: task for task in (copy, upper, join, twice, swap, first, spell, lookup, count, add)}
+TASKS = {task.__name__: task for task in (copy, reverse, sort, upper, twice, first, spell, lookup, count, add)}
 
 
 def examples(seed: int):
@@ -85,8 +94,34 @@ def examples(seed: int):
         yield {"prompt": f"{name} {given} =", "completion": f" {answer}\n", "task": name}
 
 
+def tokenizer() -> Tokenizer:
+    """Byte-level BPE in which a byte is the id `byte + 4`, every word is one token, and a digit stands alone."""
+    splits = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    learner = Tokenizer(BPE())
+    learner.pre_tokenizer = splits
+    texts = [f" {word} {word.upper()}" for word in [*WORDS, "is", "and", "to"]]
+    texts += [f" {letter}" for letter in string.ascii_lowercase] + [" =", *TASKS]
+    learner.train_from_iterator(texts * 2, BpeTrainer(vocab_size=10_000, min_frequency=2, show_progress=False))
+    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    alphabet = _byte_alphabet()
+    vocab = {token: i for i, token in enumerate([*SPECIAL, *alphabet, *dict.fromkeys(map("".join, merges))])}
+    made = Tokenizer(BPE(vocab, merges))
+    made.pre_tokenizer, made.decoder = splits, decoders.ByteLevel()
+    made.add_special_tokens(SPECIAL)
+    return made
+
+
+def _byte_alphabet() -> list[str]:
+    """The characters that stand for bytes 0 to 255 in byte-level BPE: printable ones for themselves, others from 256 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
 def write(out: Path, train: int = 400_000, test: int = 500) -> None:
-    """Writes `train.jsonl` and `test.jsonl`."""
+    """Writes `train.jsonl`, `test.jsonl` and `tokenizer.json`."""
     held_out: dict[str, dict] = {}
     for example in examples(seed=1):
         if len(held_out) == test:
@@ -99,6 +134,7 @@ def write(out: Path, train: int = 400_000, test: int = 500) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for name, part in (("test", held_out.values()), ("train", lines)):
         (out / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in part))
+    tokenizer().save(str(out / "tokenizer.json"))
 
 
 def read(file: Path) -> list[dict]:

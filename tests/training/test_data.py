@@ -190,11 +190,17 @@ def test_a_bad_document_moves_nothing():
     source = Mended(made)
     packer = Packer(source, rows=3, length=48, blocks=6, block_size=8, seed=1, eos=EOS)
     good = Packer(made, rows=3, length=48, blocks=6, block_size=8, seed=1, eos=EOS)
-    with pytest.raises(tt.InputError, match="line 3"):
-        for _ in range(10):
-            before = packer.position
+    before = []
+
+    def go_on():
+        while True:
+            before.append(packer.position)
             next(packer)
             next(good)
-    np.testing.assert_array_equal(packer.position, before)
+
+    with pytest.raises(tt.InputError, match="line 3"):
+        go_on()
+    assert len(before) > 1
+    np.testing.assert_array_equal(packer.position, before[-1])
     source.bad = None
     np.testing.assert_array_equal(next(packer).tokens, next(good).tokens)
