@@ -12,9 +12,9 @@ from pathlib import Path
 
 import twotower_jax as tt
 from experiments import harness
-from twotower_jax import sources
-from twotower_jax.tokenizer import load_tokenizer
+from experiments.demo import tasks
 
+TOKENIZER = tasks.tokenizer()
 ROWS = 100
 NEW_TOKENS = 64
 
@@ -34,15 +34,14 @@ def generate(model: tt.Model, mode: str, prompts: list[list[int]], block_size: i
 
 def evaluate(model: tt.Model, examples: list[dict], mode: str, block_size: int = 16) -> dict:
     """ "exact_match" (of all, and "by_task"), "tokens_per_forward", "tokens", "forwards" and "commits"."""
-    tokenizer = load_tokenizer(sources.locate("demo"))
     right, total = collections.Counter(), collections.Counter()
     tokens = forwards = commits = 0
     for start in range(0, len(examples), ROWS):
         part = examples[start : start + ROWS]
-        g = generate(model, mode, [tokenizer.encode(example["prompt"]).ids for example in part], block_size)
+        g = generate(model, mode, [TOKENIZER.encode(example["prompt"]).ids for example in part], block_size)
         for example, row, passes in zip(part, g.tokens, g.forwards, strict=True):
             total[example["task"]] += 1
-            right[example["task"]] += row == tokenizer.encode(example["completion"]).ids
+            right[example["task"]] += row == TOKENIZER.encode(example["completion"]).ids
             tokens, forwards = tokens + len(row), forwards + passes
             commits += -(-len(row) // block_size) - 1 if mode.startswith("g") else 0
     return {

@@ -114,7 +114,7 @@ def tokenizer() -> Tokenizer:
 
 
 def _byte_alphabet() -> list[str]:
-    """The characters that stand for bytes 0 to 255 in byte-level BPE: printable ones for themselves, others from 256 on."""
+    """What stands for bytes 0 to 255 in byte-level BPE: printable characters for themselves, others from 256 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = iter(range(256, 512))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]

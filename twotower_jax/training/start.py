@@ -24,6 +24,9 @@ from twotower_jax.training.data import Documents
 from twotower_jax.training.sharding import Placement, of_first_process, whole
 
 
+BYTES = Path(__file__).parent / "bytes"  # a tokenizer in which a byte is the id `byte + 4`
+
+
 class Fresh:
     """A backbone of random weights, in the place of a checkpoint folder."""
 
@@ -95,7 +98,7 @@ class Start:
 
     def _tokenizer(self, folder: Path) -> tuple[Path, Tokenizer]:
         given = self._c.data.tokenizer
-        home = sources.SHIPPED / "demo" if given == "bytes" else folder
+        home = BYTES if given == "bytes" else folder
         file = home / "tokenizer.json" if given in ("", "bytes") else Path(given)
         tokenizer = load_tokenizer(file.parent) if file.name == "tokenizer.json" else None
         if tokenizer is None:
