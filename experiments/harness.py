@@ -7,15 +7,18 @@ import argparse
 import dataclasses
 import datetime
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
 import jax
+from safetensors.numpy import load_file, save_file
 
 import twotower_jax as tt
 from experiments.demo import tasks
+from twotower_jax import sources
 from twotower_jax.training.config import TrainingConfig, read_training_config
 from twotower_jax.training.loop import run
 from twotower_jax.training.start import Start
@@ -23,13 +26,35 @@ from twotower_jax.training.start import Start
 HOME = Path(__file__).parent
 WORK = HOME / "work"
 RESULTS = HOME / "results"
-BACKBONE = HOME / "demo" / "backbone"
 
 
 def make_data() -> None:
     """Training and held-out examples, the same on every machine."""
     if not (WORK / "train.jsonl").is_file():
         tasks.write(WORK)
+
+
+def make_backbone() -> None:
+    """The shipped model's context tower by itself, where `denoiser.toml` looks for a backbone."""
+    target = WORK / "backbone"
+    if target.is_dir():
+        return
+    shipped = sources.locate("demo")
+    tensors = {}
+    for file in shipped.glob("*.safetensors"):
+        tensors |= load_file(file)
+    names = {"context_tower.": "backbone.", "context_lm_head.": "lm_head."}
+    target.mkdir(parents=True)
+    found = {
+        new + name.removeprefix(old): tensor
+        for name, tensor in tensors.items()
+        for old, new in names.items()
+        if name.startswith(old)
+    }
+    save_file(found, target / "model.safetensors")
+    config = json.loads((shipped / "config.json").read_text()) | {"architectures": ["NemotronHForCausalLM"]}
+    (target / "config.json").write_text(json.dumps(config))
+    shutil.copyfile(shipped / "tokenizer.json", target / "tokenizer.json")
 
 
 def examples(count: int | None = None) -> list[dict]:
@@ -51,6 +76,7 @@ def variant(name: str, steps: int, block_size: int = 16, **changes) -> TrainingC
 def trained(c: TrainingConfig) -> tt.Model:
     """The model that a run gives, in float32."""
     make_data()
+    make_backbone()
     model = Path(c.output) / "model"
     if not model.is_dir():
         print(f"training {c.output}", flush=True)

@@ -4,7 +4,7 @@
 set -e
 [ -f experiments/work/train.jsonl ] || python -m experiments.demo.tasks experiments/work
 twotower train experiments/demo/backbone.toml
-[ -d experiments/work/backbone/hf ] || twotower convert experiments/work/backbone/model experiments/work/backbone/hf --to-hf
+[ -d experiments/work/backbone ] || twotower convert experiments/work/backbone-run/model experiments/work/backbone --to-hf
 twotower train experiments/demo/denoiser.toml
 twotower train experiments/demo/refine.toml
 [ -d experiments/work/demo ] || twotower convert experiments/work/refine/model experiments/work/demo --to-hf

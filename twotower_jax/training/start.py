@@ -23,7 +23,6 @@ from twotower_jax.training.config import TrainingConfig
 from twotower_jax.training.data import Documents
 from twotower_jax.training.sharding import Placement, of_first_process, whole
 
-
 BYTES = Path(__file__).parent / "bytes"  # a tokenizer in which a byte is the id `byte + 4`
 
 
