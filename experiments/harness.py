@@ -29,8 +29,8 @@ RESULTS = HOME / "results"
 
 
 def make_data() -> None:
-    """Training and held-out examples, the same on every machine."""
-    if not (WORK / "train.jsonl").is_file():
+    """Training and held-out examples, the same on every machine; what `write` writes last says that all is there."""
+    if not (WORK / "tokenizer.json").is_file():
         tasks.write(WORK)
 
 

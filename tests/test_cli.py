@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from twotower_jax import cli
 
 TINY = str(DATA / "tiny-0")
+TRAINED = str(DATA / "trained-0")  # bytes are its tokens, and a newline ends a row
 NOT_FINITE = "a logit was not finite; the row ends before it"
 
 
@@ -46,7 +47,7 @@ def test_generate_json(capsys, task_prompts, mode, tmp_path):
     ids = ",".join(str(byte + 4) for byte in three["prompt"].encode())
     prompts = ["--prompt", one["prompt"], "--prompt-file", str(tmp_path / "prompt"), "--ids", ids]
     options = ["--mode", mode, "--dtype", "float32", "--max-new-tokens", "32"]
-    result = run_json(capsys, "generate", str(DATA / "trained-0"), *prompts, *options)
+    result = run_json(capsys, "generate", TRAINED, *prompts, *options)
     key = {"diffusion": "g0.8_T16", "ar": "ar", "mock-ar": "mock_ar"}[mode]
     assert [row["tokens"] for row in result["rows"]] == [p[key] for p in (one, two, three)]
     assert result["mode"] == mode
@@ -65,14 +66,14 @@ def test_diffusion_options(capsys):
 
 def test_eos(capsys):
     """config.json's by default, none or others on request."""
-    command = ["generate", "demo", "--prompt", "copy a =", "--mode", "ar", "--max-new-tokens", "30"]
+    command = ["generate", TRAINED, "--prompt", "copy a =", "--mode", "ar", "--max-new-tokens", "30"]
     assert run_json(capsys, *command)["rows"][0]["tokens"][-1] == 14
     assert len(run_json(capsys, *command, "--eos-token-id", "none")["rows"][0]["tokens"]) == 30
     assert run_json(capsys, *command, "--eos-token-id", "36")["rows"][0]["tokens"] == [36]
 
 
 def test_sampling_options(capsys):
-    command = ["generate", "demo", "--prompt", "copy a =", "--temperature", "2", "--max-new-tokens", "16"]
+    command = ["generate", TRAINED, "--prompt", "copy a =", "--temperature", "2", "--max-new-tokens", "16"]
     one = run_json(capsys, *command, "--top-k", "5", "--seed", "1")
     other = run_json(capsys, *command, "--top-k", "5", "--seed", "2")
     assert one["rows"][0]["tokens"] != other["rows"][0]["tokens"]
@@ -146,14 +147,14 @@ def test_a_row_that_fails(capsys, tmp_path):
 
 
 def test_prompt_is_shown_as_given(capsys, tmp_path, monkeypatch):
-    """Newlines and all, though the demo's EOS is a newline; of a file's end one newline is not of the prompt."""
+    """Newlines and all, though a newline is EOS; of a file's end one newline is not of the prompt."""
     (tmp_path / "prompt").write_bytes(b"upper a =\nA\r\nlower\n\n")
     options = ["--max-new-tokens", "1", "--mode", "ar"]
-    (row,) = run_json(capsys, "generate", "demo", "--prompt-file", str(tmp_path / "prompt"), *options)["rows"]
+    (row,) = run_json(capsys, "generate", TRAINED, "--prompt-file", str(tmp_path / "prompt"), *options)["rows"]
     assert row["prompt"] == "upper a =\nA\r\nlower\n"
     assert row["prompt_tokens"] == len(row["prompt"])
     ids = ",".join(str(byte + 4) for byte in b"a\nb\n")
-    (row,) = run_json(capsys, "generate", "demo", "--ids", ids, *options)["rows"]
+    (row,) = run_json(capsys, "generate", TRAINED, "--ids", ids, *options)["rows"]
     assert row["prompt"] == "a\nb\n"
 
 
@@ -183,10 +184,11 @@ def test_convert(capsys, tmp_path):
 def test_demo(capsys):
     """The tour: every mode on the same prompts, and what it says of them is so."""
     result = run_json(capsys, "demo")
-    ar = result["modes"]["ar"]
-    assert ar["exact_match"] > result["modes"]["diffusion"]["exact_match"] > 0
+    ar, diffusion = result["modes"]["ar"], result["modes"]["diffusion"]
+    assert ar["exact_match"] >= 0.9
+    assert diffusion["exact_match"] >= 0.8
     assert ar["tokens_per_forward"] == 1
-    assert result["modes"]["diffusion, 4 steps"]["tokens_per_forward"] > 1.5
+    assert diffusion["tokens_per_forward"] > 2.42
     prompts = [row["prompt"] for row in ar["rows"]]
     for mode in result["modes"].values():
         assert [row["prompt"] for row in mode["rows"]] == prompts

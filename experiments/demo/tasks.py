@@ -2,8 +2,8 @@
 
     python -m experiments.demo.tasks OUT
 
-writes OUT/train.jsonl and OUT/test.jsonl, lines of {"prompt", "completion", "task"}, and OUT/tokenizer.json. No test
-prompt is trained on.
+writes OUT/train.jsonl and OUT/test.jsonl, lines of {"prompt", "completion", "task"}; OUT/samples.json, the first test
+prompt of each task with its answer; and OUT/tokenizer.json. No test prompt is trained on.
 """
 
 import json
@@ -121,7 +121,7 @@ def _byte_alphabet() -> list[str]:
 
 
 def write(out: Path, train: int = 400_000, test: int = 500) -> None:
-    """Writes `train.jsonl`, `test.jsonl` and `tokenizer.json`."""
+    """Writes `train.jsonl`, `test.jsonl`, `samples.json` and `tokenizer.json`."""
     held_out: dict[str, dict] = {}
     for example in examples(seed=1):
         if len(held_out) == test:
@@ -134,6 +134,10 @@ def write(out: Path, train: int = 400_000, test: int = 500) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for name, part in (("test", held_out.values()), ("train", lines)):
         (out / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in part))
+    samples = {}
+    for example in held_out.values():
+        samples.setdefault(example["task"], {"prompt": example["prompt"], "answer": example["completion"].rstrip("\n")})
+    (out / "samples.json").write_text(json.dumps(list(samples.values()), indent=1) + "\n")
     tokenizer().save(str(out / "tokenizer.json"))
 
 

@@ -4,8 +4,6 @@ import itertools
 import json
 import re
 
-import pytest
-
 from experiments.demo import tasks
 
 
@@ -46,17 +44,15 @@ def test_answers():
     assert names == set(tasks.TASKS)
 
 
-@pytest.fixture
-def written(tmp_path):
+def test_held_out(tmp_path):
     tasks.write(tmp_path, train=5000, test=200)
-    return [[json.loads(line) for line in (tmp_path / f"{name}.jsonl").open()] for name in ("train", "test")]
-
-
-def test_held_out(written):
-    train, test = written
+    train, test = (tasks.read(tmp_path / f"{name}.jsonl") for name in ("train", "test"))
     prompts = {example["prompt"] for example in test}
     assert (len(train), len(prompts)) == (5000, 200)
     assert not prompts & {example["prompt"] for example in train}
+    samples = json.loads((tmp_path / "samples.json").read_text())
+    assert len(samples) == len(tasks.TASKS)
+    assert {sample["prompt"] for sample in samples} <= prompts
 
 
 def test_tokenizer():
