@@ -1,6 +1,6 @@
 """Block sizes: denoisers trained for 8, 16 and 32; and the shipped one, trained for 16, sampled with 4 to 64.
 
-python -m experiments.block_sizes [--steps 1000]
+python -m experiments.block_sizes [--steps 600]
 """
 
 import twotower_jax as tt
@@ -28,9 +28,7 @@ def draw(axes, results):
 
 
 def main():
-    parser = harness.parser(__doc__)
-    parser.add_argument("--steps", type=int, default=1000)
-    args = parser.parse_args()
+    args = harness.parser(__doc__, trains=True).parse_args()
     examples = harness.examples(args.rows)
     results = {"rows": len(examples), "steps": args.steps, "trained": {}, "sampled": {}}
     for size in TRAINED:

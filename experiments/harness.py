@@ -85,10 +85,12 @@ def trained(c: TrainingConfig) -> tt.Model:
     return tt.load(model, dtype="float32")
 
 
-def parser(about: str) -> argparse.ArgumentParser:
-    """With what every experiment takes."""
+def parser(about: str, trains: bool = False) -> argparse.ArgumentParser:
+    """With what every experiment takes, and every one that trains variants."""
     made = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--rows", type=int, help="the first rows of the held-out prompts alone")
+    if trains:
+        made.add_argument("--steps", type=int, default=600, help="of training, for each variant")
     return made
 
 
@@ -115,3 +117,15 @@ def save(name: str, results: dict, draw: Callable) -> None:
     axes.grid(alpha=0.25)
     figure.savefig(RESULTS / f"{name}.png", dpi=130)
     print(f"written: {RESULTS / name}.json, .png")
+
+
+def bars(axes, modes: list[str], models: dict[str, dict]) -> None:
+    """Exact match by mode, a bar for each model that has been evaluated in it."""
+    for offset, (name, found) in enumerate(models.items()):
+        has = [mode for mode in modes if mode in found]
+        at = [modes.index(mode) + 0.27 * (offset - 1) for mode in has]
+        axes.bar(at, [100 * found[mode]["exact_match"] for mode in has], width=0.25, label=name)
+    labels = ["AR" if mode == "ar" else f"$\\gamma$ = {mode[1:].removesuffix('_T16')}" for mode in modes]
+    axes.set_xticks(range(len(modes)), labels)
+    axes.set(ylabel="exact match, %")
+    axes.legend()

@@ -1,6 +1,6 @@
 """The objective's details: blocks weighed by 1 / t or not, t drawn for each block alone or stratified over a step.
 
-python -m experiments.noise [--steps 1000]
+python -m experiments.noise [--steps 600]
 """
 
 import json
@@ -18,12 +18,8 @@ MODES = ["g0.95_T16", "g0.8_T16", "g0.5_T16"]
 
 
 def draw(axes, results):
-    for offset, (name, found) in enumerate(results["variants"].items()):
-        at = [i + 0.27 * (offset - 1) for i in range(len(MODES))]
-        axes.bar(at, [100 * found[mode]["exact_match"] for mode in MODES], width=0.25, label=name)
-    axes.set_xticks(range(len(MODES)), [f"$\\gamma$ = {mode[1:-4]}" for mode in MODES])
-    axes.set(ylabel="exact match, %", title="The weight of a block, and how t is drawn")
-    axes.legend()
+    harness.bars(axes, MODES, results["variants"])
+    axes.set_title("The weight of a block, and how t is drawn")
 
 
 def gradient_norms(output: str) -> dict[str, float]:
@@ -34,9 +30,7 @@ def gradient_norms(output: str) -> dict[str, float]:
 
 
 def main():
-    parser = harness.parser(__doc__)
-    parser.add_argument("--steps", type=int, default=1000)
-    args = parser.parse_args()
+    args = harness.parser(__doc__, trains=True).parse_args()
     examples = harness.examples(args.rows)
     results = {"rows": len(examples), "steps": args.steps, "variants": {}}
     for name, (label, changes) in VARIANTS.items():

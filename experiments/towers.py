@@ -1,6 +1,6 @@
 """Separate towers against one tower in both roles, and against the same training spent on AR alone.
 
-    python -m experiments.towers [--steps 1000]
+    python -m experiments.towers [--steps 600]
 
 All three start from the same backbone and see as many rows. The tied tower learns both objectives at once.
 """
@@ -13,19 +13,12 @@ OBJECTIVES = {"separate": "denoise", "tied": "tied", "ar continued": "ar"}
 
 
 def draw(axes, results):
-    for offset, (name, found) in enumerate(results["models"].items()):
-        modes = [mode for mode in MODES if mode in found]
-        at = [MODES.index(mode) + 0.27 * (offset - 1) for mode in modes]
-        axes.bar(at, [100 * found[mode]["exact_match"] for mode in modes], width=0.25, label=name)
-    axes.set_xticks(range(len(MODES)), ["AR", *(f"$\\gamma$ = {mode[1:-4]}" for mode in MODES[1:])])
-    axes.set(ylabel="exact match, %", title="Two towers, one tower, or more AR training")
-    axes.legend()
+    harness.bars(axes, MODES, results["models"])
+    axes.set_title("Two towers, one tower, or more AR training")
 
 
 def main():
-    parser = harness.parser(__doc__)
-    parser.add_argument("--steps", type=int, default=1000)
-    args = parser.parse_args()
+    args = harness.parser(__doc__, trains=True).parse_args()
     examples = harness.examples(args.rows)
     results = {"rows": len(examples), "steps": args.steps, "models": {}}
     for name, objective in OBJECTIVES.items():
