@@ -16,7 +16,7 @@ from twotower_jax.training.config import read_training_config
 from twotower_jax.training.start import Start
 from twotower_jax.training.state import export
 
-RUNS = ["denoiser", "refine"]
+RUNS = ["denoiser", "refine", "refine-more"]
 MODES = ["g0.95_T16", "g0.8_T16"]
 
 

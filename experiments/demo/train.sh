@@ -9,5 +9,6 @@ twotower train experiments/demo/backbone-more.toml
 [ -d $work/backbone ] || twotower convert $work/backbone-more/model $work/backbone --to-hf
 twotower train experiments/demo/denoiser.toml
 twotower train experiments/demo/refine.toml
-[ -d $work/demo ] || twotower convert $work/refine/model $work/demo --to-hf
+twotower train experiments/demo/refine-more.toml
+[ -d $work/demo ] || twotower convert $work/refine-more/model $work/demo --to-hf
 cp $work/samples.json $work/demo
