@@ -76,4 +76,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    harness.command(main)

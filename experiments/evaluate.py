@@ -1,13 +1,15 @@
 """Exact match by task and mode, and tokens per forward, of a model on the held-out tasks.
 
-    python -m experiments.evaluate MODEL [--modes ar g0.8_T16 ...] [--block-size 16] [--rows N] [--out FILE.json]
+    python -m experiments.evaluate MODEL [--modes ar mock-ar g0.8_T16 ...] [--block-size 16] [--dtype float32] [--rows N]
 
 A diffusion mode is g{threshold}_T{steps}. Tokens count up to a row's first EOS; forwards are the denoiser's, in ar the
-context tower's; commits are the context tower's passes over finished blocks. Greedy, float32, in batches of 100 rows.
+context tower's; commits are the context tower's passes over finished blocks. Greedy, in batches of 100 rows. --out
+FILE.json writes the same as JSON.
 """
 
 import collections
 import json
+import re
 from pathlib import Path
 
 import twotower_jax as tt
@@ -26,9 +28,12 @@ def generate(model: tt.Model, mode: str, prompts: list[list[int]], block_size: i
         return model.generate_ar(prompts, **options)
     if mode == "mock-ar":
         return model.generate_mock_ar(prompts, **options)
-    threshold, steps = mode.removeprefix("g").split("_T")
+    point = re.fullmatch(r"g(0?\.\d+|[01])_T(\d+)", mode)
+    if point is None:
+        raise tt.InputError(f"{mode} is no mode; give ar, mock-ar, or a threshold and steps such as g0.8_T16")
+    threshold, steps = float(point[1]), int(point[2])
     return model.generate_mask_diffusion(
-        prompts, block_size=block_size, confidence_threshold=float(threshold), steps_per_block=int(steps), **options
+        prompts, block_size=block_size, confidence_threshold=threshold, steps_per_block=steps, **options
     )
 
 
@@ -64,17 +69,18 @@ def main():
     parser.add_argument("model")
     parser.add_argument("--modes", nargs="+", default=["ar", "mock-ar", "g0.95_T16", "g0.8_T16", "g0.8_T4", "g0.5_T16"])
     parser.add_argument("--block-size", type=int, default=16)
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    model = tt.load(args.model, dtype="float32")
+    model = tt.load(args.model, dtype=args.dtype)
     results = {}
     for mode in args.modes if model.two_towers else ["ar"]:
         results[mode] = found = evaluate(model, harness.examples(args.rows), mode, args.block_size)
         print(line(mode, found))
         print(" " * 26 + ", ".join(f"{task} {share:.0%}" for task, share in found["by_task"].items()), flush=True)
     if args.out:
-        args.out.write_text(json.dumps(harness.about() | {"model": args.model, "modes": results}, indent=1) + "\n")
+        args.out.write_text(json.dumps(harness.about() | {"modes": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    harness.command(main)

@@ -94,6 +94,14 @@ def parser(about: str, trains: bool = False) -> argparse.ArgumentParser:
     return made
 
 
+def command(main: Callable[[], None]) -> None:
+    """A script's `main`, with bad input told in one line."""
+    try:
+        main()
+    except tt.InputError as error:
+        sys.exit(str(error))
+
+
 def about() -> dict[str, str]:
     """Where and how a result was made."""
     program = sys.modules["__main__"].__spec__.name
