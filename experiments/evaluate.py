@@ -1,6 +1,6 @@
 """Exact match by task and mode, and tokens per forward, of a model on the held-out tasks.
 
-    python -m experiments.evaluate MODEL [--modes ar mock-ar g0.8_T16 ...] [--block-size 16] [--dtype float32] [--rows N]
+    python -m experiments.evaluate MODEL [--modes ar g0.8_T16 ...] [--block-size 16] [--dtype float32] [--rows N]
 
 A diffusion mode is g{threshold}_T{steps}. Tokens count up to a row's first EOS; forwards are the denoiser's, in ar the
 context tower's; commits are the context tower's passes over finished blocks. Greedy, in batches of 100 rows. --out

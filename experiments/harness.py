@@ -88,10 +88,16 @@ def trained(c: TrainingConfig) -> tt.Model:
 def parser(about: str, trains: bool = False) -> argparse.ArgumentParser:
     """With what every experiment takes, and every one that trains variants."""
     made = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--rows", type=int, help="the first rows of the held-out prompts alone")
+    made.add_argument("--rows", type=_count, help="the first rows of the held-out prompts alone")
     if trains:
-        made.add_argument("--steps", type=int, default=600, help="of training, for each variant")
+        made.add_argument("--steps", type=_count, default=600, help="of training, for each variant")
     return made
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of 1 or more, not {text}")
+    return int(text)
 
 
 def command(main: Callable[[], None]) -> None:
