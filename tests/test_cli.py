@@ -31,11 +31,11 @@ def run_json(capsys, *argv) -> dict:
 
 def test_generate(capsys):
     """The README's first command."""
-    status, out, _ = run(capsys, "generate", "demo", "--prompt", "upper try range =")
+    status, out, _ = run(capsys, "generate", "demo", "--prompt", "spell heart wood tiger =")
     assert status == 0
     text, counts, times = out.splitlines()
-    assert text == "upper try range = TRY RANGE"
-    assert counts.startswith("[11 tokens, ")
+    assert text == "spell heart wood tiger = h e a r t, w o o d, t i g e r"
+    assert counts.startswith("[17 tokens, ")
     assert "tokens per forward" in counts
     assert "s to compile" in times
 

@@ -255,7 +255,7 @@ def test_bad_dtype(dtype):
 
 def test_model_larger_than_memory(monkeypatch):
     monkeypatch.setattr(memory, "free_bytes", lambda device: 1_000_000)
-    with pytest.raises(tt.InputError, match=r"demo in bfloat16 would take 0.0101 GB; .* has 0.001 GB free"):
+    with pytest.raises(tt.InputError, match=r"demo in bfloat16 would take 0.0109 GB; .* has 0.001 GB free"):
         tt.load("demo")
 
 
