@@ -3,7 +3,7 @@
 import pytest
 from conftest import load
 
-from experiments.ablations import ABLATIONS, ablated
+from experiments.ablations import ABLATIONS, ablated, still
 from experiments.demo import tasks
 from experiments.evaluate import evaluate
 
@@ -27,11 +27,30 @@ def test_quality(examples):
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
-def test_ablations_take_something_away(examples, name):
-    part, (change, mode) = examples[:30], ABLATIONS[name]
-    whole = evaluate(load("demo"), part, "g0.8_T16")
+def test_ablations(examples, name):
+    """What each takes away: the context, which is fatal; passes; or the time, which this denoiser hardly reads."""
+    part, (change, mode) = examples[:20], ABLATIONS[name]
     load.cache_clear()
     with ablated(change):
         found = evaluate(load("demo"), part, mode)
     load.cache_clear()
-    assert (found == whole) == (name == "as trained")
+    blocks = found["commits"] + len(part)
+    if "no " in name:
+        assert found["exact_match"] < 0.1
+    else:
+        assert found["exact_match"] > 0.7
+    if mode == "g0.8_T1":
+        assert found["forwards"] == blocks
+    elif mode == "g1_T16":
+        assert found["forwards"] > 10 * blocks
+
+
+def test_time_held_still_reaches_the_denoiser(tiny):
+    """Whatever a model makes of it: the golden model writes other tokens."""
+    options = {"max_new_tokens": 32, "steps_per_block": 16, "confidence_threshold": 1}
+    expected = tiny.model.generate_mask_diffusion(tiny.prompts, **options)
+    load.cache_clear()
+    with ablated(still):
+        found = load("tiny-0").generate_mask_diffusion(tiny.prompts, **options)
+    load.cache_clear()
+    assert found.tokens != expected.tokens
