@@ -141,5 +141,5 @@ def bars(axes, modes: list[str], models: dict[str, dict]) -> None:
         axes.bar(at, [100 * found[mode]["exact_match"] for mode in has], width=0.25, label=name)
     labels = ["AR" if mode == "ar" else f"$\\gamma$ = {mode[1:].removesuffix('_T16')}" for mode in modes]
     axes.set_xticks(range(len(modes)), labels)
-    axes.set(ylabel="exact match, %")
-    axes.legend()
+    axes.set(ylim=(0, 115), yticks=range(0, 101, 20), ylabel="exact match, %")
+    axes.legend(loc="upper center", ncols=len(models))
