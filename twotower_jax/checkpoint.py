@@ -203,15 +203,15 @@ def _orbax(failed: str) -> Iterator[None]:
 class TrainingCheckpoints:
     """The checkpoints of a run, written in the background; the newest `keep` stay, and half-written ones never load."""
 
-    def __init__(self, folder: Path, keep: int):
+    def __init__(self, folder: Path, keep: int, reads_only: bool = False):
         policies = ocp.training
         self._folder = folder
-        with _orbax(f"cannot write {folder}"):
+        with _orbax(f"cannot {'read' if reads_only else 'write'} {folder}"):
             self._checkpointer = ocp.training.Checkpointer(
                 folder.absolute(),
                 save_decision_policy=policies.save_decision_policies.FixedIntervalPolicy(1),
                 preservation_policy=policies.preservation_policies.LatestN(keep),
-                cleanup_tmp_directories=True,
+                cleanup_tmp_directories=not reads_only,  # which may be another process's work,
             )
 
     @property
@@ -232,13 +232,16 @@ class TrainingCheckpoints:
 
     def extra(self, step: int) -> dict[str, Any]:
         """What was saved beside the arrays of a step."""
-        with _orbax(f"cannot read checkpoint {step} of {self._folder}"):
+        with _orbax(self._unreadable(step)):
             return self._checkpointer.metadata(step).custom_metadata
 
     def load(self, step: int, like: Any) -> Any:
         """The arrays of a step, in the shapes, dtypes and shardings of `like`."""
-        with _orbax(f"cannot read checkpoint {step} of {self._folder}"):
+        with _orbax(self._unreadable(step)):
             return self._checkpointer.load(step, like)
+
+    def _unreadable(self, step: int) -> str:
+        return f"{self._folder / str(step)} cannot be read; if it is damaged, remove it to go on from the one before"
 
     def close(self) -> None:
         """Waits until everything is written."""

@@ -1,8 +1,13 @@
 """Several processes as one job."""
 
+import socket
+import time
+
 import jax
 
 from twotower_jax.errors import InputError
+
+SECONDS = 300  # that processes wait for the first one
 
 
 def join(coordinator: str | None, processes: int | None, process: int | None) -> None:
@@ -26,11 +31,15 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
             raise InputError("--coordinator auto finds --processes and --process by itself")
     elif processes is None or process is None:
         raise InputError(f"--coordinator {coordinator} needs --processes and --process")
+    elif processes < 1:
+        raise InputError(f"--processes {processes} must be 1 or more")
     elif not 0 <= process < processes:
         raise InputError(f"--process {process} must be from 0 to {processes - 1}")
     host, _, port = coordinator.rpartition(":")
-    if coordinator != "auto" and not (host and port.isdecimal()):
+    if coordinator != "auto" and not (host and port.isdecimal() and 0 < int(port) < 2**16):
         raise InputError(f"--coordinator takes HOST:PORT or auto, not {coordinator}")
+    if process:
+        _await(host, int(port))
     try:
         if coordinator == "auto":
             jax.distributed.initialize()
@@ -39,3 +48,16 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
     except (RuntimeError, ValueError) as error:
         first = str(error).strip().partition("\n")[0]
         raise InputError(f"cannot join the job at {coordinator}: {first}") from None
+
+
+def _await(host: str, port: int) -> None:
+    """Until the first process is there: JAX, which waits as long, then ends the process with a native trace."""
+    end = time.monotonic() + SECONDS
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), port), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > end:
+                raise InputError(f"nobody answers at {host}:{port} after {SECONDS} s: {error}") from None
+        time.sleep(0.2)

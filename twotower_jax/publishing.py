@@ -41,8 +41,10 @@ def absent(target: Path) -> Path:
 
 
 @contextlib.contextmanager
-def published(target: Path) -> Iterator[Path]:
-    """Gives an empty folder beside an absent `target`, renamed to it at the end or, after an error, removed.
+def published(target: Path, replace: bool = False) -> Iterator[Path]:
+    """Gives an empty folder beside `target`, renamed to it at the end or, after an error, removed.
+
+    `target` is absent, or, to `replace` it, a folder that stays until the new one is whole.
 
     What processes left behind when they were killed is removed first; a lock tells which folders are in use.
 
@@ -59,12 +61,18 @@ def published(target: Path) -> Iterator[Path]:
     except OSError as error:
         raise InputError(f"{target} cannot be made: {error.strerror}") from None
     try:
-        with open(folder / LOCK, "w") as lock:
+        with open(folder / LOCK, "w") as handle:
             with contextlib.suppress(OSError):  # a file system without locks: then nothing is ever abandoned either
-                _lock(lock)
+                lock(handle)
             yield folder
             (folder / LOCK).unlink()
-            _rename(folder, target)
+            if replace and target.exists():
+                (target / LOCK).touch()  # so that it is known as abandoned if it is not removed below
+                old = target.rename(folder.with_name(f"{prefix}{secrets.token_hex(4)}{SUFFIX}"))
+                _rename(folder, target)
+                shutil.rmtree(old)
+            else:
+                _rename(folder, target)
     except BaseException:
         _remove(folder)
         for parent in missing:
@@ -73,15 +81,15 @@ def published(target: Path) -> Iterator[Path]:
         raise
 
 
-def _lock(file: IO[str]) -> None:
+def lock(file: IO[str]) -> None:
     """Raises `OSError` if another process holds the lock; it ends with the process that does."""
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _remove_abandoned(parent: Path, prefix: str) -> None:
     for folder in parent.glob(f"{glob.escape(prefix)}*{SUFFIX}"):
-        with contextlib.suppress(OSError), open(folder / LOCK, "r+") as lock:
-            _lock(lock)
+        with contextlib.suppress(OSError), open(folder / LOCK, "r+") as handle:
+            lock(handle)
             shutil.rmtree(folder)
 
 

@@ -1,5 +1,7 @@
 """What a run's file may say."""
 
+import glob
+
 import pytest
 
 import twotower_jax as tt
@@ -54,6 +56,10 @@ BAD = [
     (("", "", "warmup = 8\ndecay = 8"), "stages[0]: warmup and decay are more than its steps"),
     (("", "", "[[stages]]\nblock_size = 8"), "stages[1].steps is missing"),
     (("= 5",), "is not TOML"),
+    ((f"clip = 1{'0' * 400}",), "clip must be a number of 0 or more, and below 2^53"),
+    (("", f"blocks = {2**60}"), "data.blocks must be a number of 0 or more, and below 2^53"),
+    (("", "", f"warmup = 1\n[[stages]]\nsteps = {2**31}"), "the stages' steps must be below 2^31 together"),
+    (("objective = 'ar'\nar_weight = 1",), "objective ar has no ar_weight or elbo_weight"),
 ]
 
 
@@ -64,6 +70,32 @@ def test_bad_settings(tmp_path, parts, message):
     assert message in str(error.value)
     assert "run.toml" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("length = 64", f"length = {2**30}", "data.rows times data.length must be below 2^31"),
+        ('"out"', '"o\\u0000t"', "is no path"),
+        ('["a.jsonl"]', "[]", "data.files must be a list of texts, one or more, not []"),
+    ],
+)
+def test_bad_values(tmp_path, old, new, message):
+    file = tmp_path / "run.toml"
+    assert old in GOOD
+    file.write_text(GOOD.format("", "", "").replace(old, new))
+    with pytest.raises(tt.InputError) as error:
+        read_training_config(file)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_named_like_a_pattern(tmp_path):
+    """Its name is taken as it is; what the file says is a pattern."""
+    home = tmp_path / "try[1]"
+    home.mkdir()
+    (home / "a.jsonl").touch()
+    assert [glob.glob(pattern) for pattern in read(home).data.files] == [[str(home / "a.jsonl")]]
 
 
 def test_no_file(tmp_path):

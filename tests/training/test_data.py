@@ -129,7 +129,7 @@ def encode(text):
 
 
 def read(*files, vocab=96):
-    found = Documents(tuple(map(str, files)), encode, EOS, vocab)
+    found = Documents(tuple(map(str, files)), encode, EOS, vocab, mask=3)
     return [found[i] for i in range(len(found))]
 
 
@@ -150,6 +150,11 @@ BAD = {
     "list.jsonl": (b"[1]\n", 'line 1: must be {"text"'),
     "other.jsonl": (b'{"prompt": "a"}\n', 'line 1: must be {"text"'),
     "number.jsonl": (b'{"text": 5}\n', 'line 1: must be {"text"'),
+    "both.jsonl": (b'{"prompt": "a", "text": "b"}\n', 'line 1: must be {"text"'),
+    "nothing.jsonl": (b'{"prompt": "", "completion": ""}\n', "not empty"),
+    "half.jsonl": (b'{"text": "a"}\n{"text": "\\ud800"}\n', "half.jsonl, line 2: holds half of a surrogate pair"),
+    "mask.jsonl": (b'{"text": "a#"}\n', "mask.jsonl, line 1: holds the token of [MASK], id 3"),
+    "array.json": (b'[{"text": "a"}]\n', "array.json: give .jsonl"),
     "large.jsonl": (b'{"text": "~~"}\n', "the tokenizer gives id 94, the model's ids end at 90"),
 }
 
@@ -162,6 +167,30 @@ def test_bad_files(tmp_path, name):
         read(tmp_path / name, vocab=91)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_editors_marks_are_not_text(tmp_path):
+    """Byte order marks, and the line ends of text."""
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "hi"}\r\n')
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfa b\r\nc\r\n\r\nd")
+    (tmp_path / "folder.txt").mkdir()
+    found = Documents((str(tmp_path / "*"),), lambda text: list(text.encode()), EOS, 256)
+    assert [bytes(found[i].tokens[:-1].tolist()) for i in range(3)] == [b"hi", b"a b\nc\n", b"d"]
+
+
+def test_a_long_document_is_read_once(tmp_path):
+    """However many rows it fills."""
+    (tmp_path / "a.txt").write_text("abc " * 1000)
+    calls = []
+
+    def counted(text):
+        calls.append(text)
+        return encode(text)
+
+    packer = Packer(Documents((str(tmp_path / "a.txt"),), counted, EOS, 96), 2, 32, 32, 1, 0, EOS)
+    for _ in range(5):
+        next(packer)
+    assert len(calls) == 1
 
 
 def test_no_files(tmp_path):

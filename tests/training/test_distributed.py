@@ -13,17 +13,18 @@ import pytest
 from conftest import largest_difference
 
 import twotower_jax as tt
+from twotower_jax import distributed
 from twotower_jax.distributed import join
 
 
 @pytest.fixture
 def command(settings, home, backbone):
-    """command(output, more steps, more TOML lines) writes a run of 8 rows a step and gives what starts it."""
+    """command(output, more steps, more TOML lines) writes a run of 16 rows a step and gives what starts it."""
 
     def write(output, steps=4, more="accumulate = 2"):
         settings("denoise", output, backbone, more=more)
         file = home / f"{output}.toml"
-        file.write_text(file.read_text().replace("rows = 4", "rows = 8").replace("steps = 4", f"steps = {steps}"))
+        file.write_text(file.read_text().replace("rows = 4", "rows = 16").replace("steps = 4", f"steps = {steps}"))
         return [sys.executable, "-m", "twotower_jax.cli", "train", str(file)]
 
     return write
@@ -60,13 +61,13 @@ def statuses(jobs):
 
 
 def test_devices_and_processes_are_one(command, home):
-    """One device; four; two processes of two. The model is the same too, written once."""
+    """One device; eight; two processes of two. The model is the same too, written once."""
     subprocess.run(command("one"), check=True, env=devices(1), capture_output=True)
-    subprocess.run(command("four"), check=True, env=devices(4), capture_output=True)
+    subprocess.run(command("eight"), check=True, env=devices(8), capture_output=True)
     jobs = together(command("job"))
     assert statuses(jobs) == [0, 0]
     assert len(curve(home / "one")) == 4
-    for name in "four", "job":
+    for name in "eight", "job":
         np.testing.assert_allclose(curve(home / "one"), curve(home / name), rtol=2e-5)
         models = [tt.load(home / folder / "model", dtype="float32").params for folder in ("one", name)]
         assert largest_difference(*models) < 2e-3
@@ -99,9 +100,19 @@ def test_processes_stop_and_go_on_as_one(command, home):
         (("auto", 2, 0), "by itself"),
         (("here:1", 2, None), "needs --processes and --process"),
         (("here:1", 2, 2), "--process 2 must be from 0 to 1"),
+        (("here:1", 0, 0), "--processes 0 must be 1 or more"),
+        (("here:99999", 2, 0), "takes HOST:PORT or auto, not here:99999"),
         (("here", 2, 0), "takes HOST:PORT or auto, not here"),
     ],
 )
 def test_bad_jobs(arguments, message):
     with pytest.raises(tt.InputError, match=message):
         join(*arguments)
+
+
+def test_nobody_there(monkeypatch):
+    monkeypatch.setattr(distributed, "SECONDS", 0.1)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))  # bound, and not listening
+        with pytest.raises(tt.InputError, match=r"nobody answers at localhost:\d+ after 0.1 s"):
+            join(f"localhost:{free.getsockname()[1]}", 2, 1)

@@ -19,18 +19,30 @@ from conftest import largest_difference
 
 import twotower_jax as tt
 from convert import convert
+from twotower_jax.checkpoint import TrainingCheckpoints
 from twotower_jax.cli import main
 from twotower_jax.training import data
 from twotower_jax.training.config import read_training_config
 from twotower_jax.training.loop import run
-from twotower_jax.training.start import Start
-from twotower_jax.training.state import export
+from twotower_jax.training.start import BYTES, Start
+from twotower_jax.training.state import begin, export
 
 
 def trained(c):
     ended = run(c, Start(c))
     assert ended.finished
     return tt.load(f"{c.output}/model", dtype="float32")
+
+
+def difference(one, other) -> float:
+    """The largest between the last checkpoints of two runs, of parameters (float32) and the optimiser's moments."""
+
+    def last(c):
+        state = begin(c, Start(c), TrainingCheckpoints(Path(c.output) / "checkpoints", c.keep, reads_only=True))
+        assert state.step == c.steps
+        return state.trained, state.optimizer
+
+    return largest_difference(last(one), last(other))
 
 
 def losses(c) -> list[tuple[int, float]]:
@@ -55,7 +67,7 @@ def stop_at(monkeypatch, number, batch):
 def test_resumed_is_uninterrupted(settings, backbone, monkeypatch):
     """Losses and parameters, bit for bit; stopped within a stage, at its end, and in the next one."""
     whole = settings("denoise", "whole", backbone, two_stages=True)
-    expected = trained(whole)
+    trained(whole)
     c = settings("denoise", "stopped", backbone, two_stages=True)
     done = 0
     for number, batch in (signal.SIGTERM, 2), (signal.SIGINT, 2), (signal.SIGTERM, 1):
@@ -65,10 +77,10 @@ def test_resumed_is_uninterrupted(settings, backbone, monkeypatch):
         done += batch
         assert (ended.step, ended.finished) == (done, False)
         assert not os.path.exists(f"{c.output}/model")
-    model = trained(c)
+    trained(c)
     assert losses(c) == losses(whole)
     assert [step for step, _ in losses(c)] == list(range(1, 9))
-    assert largest_difference(model.params, expected.params) == 0
+    assert difference(c, whole) == 0
 
 
 def test_bad_data_loses_nothing(settings, monkeypatch):
@@ -100,8 +112,11 @@ def test_denoiser_alone_changes(settings, backbone, home):
     begun = Start(c).trained()
     for name in ("tower", "head"):
         assert largest_difference(begun[name], base.params["context"][name]) == 0
-    model = trained(c)
-    assert largest_difference(model.params["context"], base.params["context"]) == 0
+    start = Start(c)
+    assert run(c, start).finished
+    model = tt.load(f"{c.output}/model", dtype="float32")
+    for context in (start.frozen, model.params["context"]):  # what was trained with, and what is written
+        assert largest_difference(context, base.params["context"]) == 0
     for name in ("tower", "head", "time"):
         assert largest_difference(model.params["denoiser"][name], begun[name]) > 1e-4
     assert losses(c)[-1][1] < losses(c)[0][1]
@@ -176,7 +191,7 @@ def test_a_loss_that_is_not_finite(settings):
     """Ends the run, and no checkpoint of it is kept."""
     c = settings("ar")
     c = dataclasses.replace(c, stages=(dataclasses.replace(c.stages[0], learning_rate=1e30),), log_every=100)
-    with pytest.raises(tt.InputError, match=r"the loss is .* at step 3; start again with a smaller learning_rate"):
+    with pytest.raises(tt.InputError, match=r"the loss is .* at step 3; remove .*/run and start again with a smaller"):
         run(c, Start(c))
     assert not any(path.name.isdigit() for path in (Path(c.output) / "checkpoints").iterdir())
 
@@ -187,7 +202,7 @@ def test_bad_starts(settings, home):
     cases = {
         "starts from a trained backbone": settings("denoise"),
         "objective ar trains a backbone": dataclasses.replace(settings("ar"), model="demo"),
-        "is no tokenizer": dataclasses.replace(
+        "tokenizer.json does not exist; give data.tokenizer": dataclasses.replace(
             settings("ar"), data=dataclasses.replace(settings("ar").data, tokenizer="")
         ),
         "mask_token_id 999": dataclasses.replace(settings("ar"), mask_token_id=999),
@@ -225,18 +240,109 @@ def test_export_of_a_run_so_far(settings, home, capsys):
     assert (home / "by-command" / "config.json").is_file()
 
 
+def test_export_while_the_run_writes(settings, home, monkeypatch):
+    """What is being written stays, and so does the run."""
+    c = dataclasses.replace(settings("ar"), save_every=2)
+    trained(c)
+    unfinished = Path(c.output) / "checkpoints" / "9.orbax-checkpoint-tmp"
+    unfinished.mkdir()
+    (unfinished / "part").write_text("half")
+    export(c, Start(c), home / "newest")
+    assert (unfinished / "part").read_text() == "half"
+
+
+def test_one_job_a_folder(settings, monkeypatch):
+    c = settings("ar")
+    made = data.Packer.__next__
+
+    def again(self):
+        with pytest.raises(tt.InputError, match="run is being trained by another process"):
+            run(c, Start(c))
+        return made(self)
+
+    monkeypatch.setattr(data.Packer, "__next__", again)
+    assert run(c, Start(c)).finished
+
+
+def test_the_model_that_a_run_starts_from_stays(settings, backbone, home):
+    os.renames(home / backbone, home / "here" / "model")
+    c = settings("denoise", "here", "here/model")
+    before = sorted((home / "here" / "model").iterdir())
+    with pytest.raises(tt.InputError, match="here/model is the model that the run starts from and would write"):
+        run(c, Start(c))
+    assert sorted((home / "here" / "model").iterdir()) == before
+    shutil.copytree(home / "here" / "model", home / "other" / "model")
+    c = settings("denoise", "other", "here/model")
+    with pytest.raises(tt.InputError, match="other/model is there, but the run that made it is not"):
+        run(c, Start(c))
+
+
+def test_another_architecture_or_tokenizer(settings, home):
+    """Of the same shapes, even; one line says what is different."""
+    c = settings("ar")
+    trained(c)
+    file = home / "base" / "config.json"
+    raw = json.loads(file.read_text())
+    for name, value in {"num_experts_per_tok": 1, "mamba_num_heads": 8}.items():
+        file.write_text(json.dumps(raw | {name: value}))
+        with pytest.raises(tt.InputError, match="holds a run with another model's "):
+            run(c, Start(c))
+    file.write_text(json.dumps(raw))
+    tokenizer = json.loads((BYTES / "tokenizer.json").read_text())
+    (home / "tokenizer.json").write_text(json.dumps(tokenizer))
+    other = dataclasses.replace(c, data=dataclasses.replace(c.data, tokenizer=str(home / "tokenizer.json")))
+    with pytest.raises(tt.InputError, match="holds a run with another tokenizer"):
+        run(other, Start(other))
+
+
+def test_a_damaged_checkpoint(settings, capfd):
+    """One line says which, and the one before it goes on when it is removed."""
+    c = dataclasses.replace(settings("ar"), save_every=2)
+    expected = trained(c)
+    shutil.rmtree(f"{c.output}/model")
+    newest = Path(c.output) / "checkpoints" / "4"
+    largest = max((file for file in newest.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+    with pytest.raises(tt.InputError, match="checkpoints/4 cannot be read; if it is damaged, remove it to go on from"):
+        run(c, Start(c))
+    shutil.rmtree(newest)
+    assert largest_difference(trained(c).params, expected.params) == 0
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints", "tensorboard", "model"])
+def test_a_folder_that_is_no_runs(settings, name):
+    c = settings("ar")
+    path = Path(c.output) / name
+    path.parent.mkdir()
+    path.mkdir() if name == "metrics.jsonl" else path.write_text("x")
+    with pytest.raises(tt.InputError, match=f"{name} is a .*; give another output"):
+        run(c, Start(c))
+    shutil.rmtree(c.output)
+    Path(c.output).write_text("x")
+    with pytest.raises(tt.InputError, match="cannot be made: File exists"):
+        run(c, Start(c))
+
+
+def test_text_is_never_a_special_token_of_bytes(settings, home):
+    """With another tokenizer [MASK] is one, and may not be learned."""
+    (home / "data.jsonl").write_text(json.dumps({"text": "a <mask>"}) + "\n")
+    start = Start(settings("ar"))
+    assert start.documents[0].tokens.tolist() == [byte + 4 for byte in b"a <mask>\n"]
+
+
 @pytest.mark.slow
-def test_kill_nine_times_ten(settings, home):
+def test_kill_nine_times_ten(settings, backbone, home):
     """Killed at ten random moments of its training and started again each time: losses and parameters as without."""
     steps, rng = 300, random.Random(0)
 
     def longer(output):
-        settings("ar", output)
+        settings("denoise", output, backbone)
         file = home / f"{output}.toml"
         file.write_text(file.read_text().replace("steps = 4", f"steps = {steps}"))
         return read_training_config(file)
 
-    expected = trained(longer("whole"))
+    whole = longer("whole")
+    trained(whole)
     c = longer("killed")
     command = [sys.executable, "-m", "twotower_jax.cli", "train", str(home / "killed.toml")]
     for moment in sorted(rng.sample(range(5, steps - 20), 10)):
@@ -248,7 +354,6 @@ def test_kill_nine_times_ten(settings, home):
             process.kill()
         assert not os.path.exists(f"{c.output}/model")
     subprocess.run(command, check=True, capture_output=True)
-    assert losses(c) == losses(longer("whole"))
+    assert losses(c) == losses(whole)
     assert len(losses(c)) == steps
-    model = tt.load(f"{c.output}/model", dtype="float32")
-    assert largest_difference(model.params, expected.params) == 0
+    assert difference(c, whole) == 0

@@ -1,12 +1,13 @@
 """What a training run is, read from a TOML file and checked."""
 
 import dataclasses
-import math
+import glob
 import tomllib
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from twotower_jax.errors import InputError
+from twotower_jax.sources import user_path
 
 Objective = Literal["ar", "denoise", "tied"]
 Times = Literal["uniform", "stratified"]
@@ -123,8 +124,10 @@ def read_training_config(path: Path) -> TrainingConfig:
     """
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {error}") from None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"cannot read {path}: it is not UTF-8: {error.reason} at byte {error.start}") from None
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{path} is not TOML: {error}") from None
     home = path.absolute().parent
@@ -133,17 +136,18 @@ def read_training_config(path: Path) -> TrainingConfig:
         _check(config)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    data = dataclasses.replace(config.data, files=tuple(str(home / file) for file in config.data.files))
+    files = tuple(str(Path(glob.escape(str(home))) / file) for file in config.data.files)
+    data = dataclasses.replace(config.data, files=files)
     if data.tokenizer not in ("", "bytes"):
         data = dataclasses.replace(data, tokenizer=str(home / data.tokenizer))
     model = str(home / config.model) if (home / config.model).exists() else config.model
-    return dataclasses.replace(config, data=data, model=model, output=str(home / config.output))
+    return dataclasses.replace(config, data=data, model=model, output=str(user_path(home / config.output)))
 
 
 def _build(kind: type, raw: Any, where: str) -> Any:
     """A dataclass from a table, with every value of the type that its field asks for."""
     if not isinstance(raw, dict):
-        raise InputError(f"{where} must be a table")
+        raise InputError(f"{where.removesuffix('.')} must be a table, not {raw!r}")
     fields = {field.name: field for field in dataclasses.fields(kind)}
     if unknown := sorted(raw.keys() - fields):
         raise InputError(f"{where}{unknown[0]} is no setting; known are {', '.join(fields)}")
@@ -167,7 +171,8 @@ def _value(kind: Any, value: Any, where: str) -> Any:
         need(isinstance(value, list) and bool(value), "one table or more ([[stages]])")
         return tuple(_build(Stage, stage, f"{where}[{i}].") for i, stage in enumerate(value))
     if kind == tuple[str, ...]:
-        need(isinstance(value, list) and bool(value) and all(isinstance(v, str) for v in value), "a list of texts")
+        texts = isinstance(value, list) and bool(value) and all(isinstance(v, str) and v for v in value)
+        need(texts, "a list of texts, one or more")
         return tuple(value)
     if get_args(kind):
         need(value in get_args(kind), " or ".join(get_args(kind)))
@@ -175,7 +180,7 @@ def _value(kind: Any, value: Any, where: str) -> Any:
         need(isinstance(value, kind), "true or false" if kind is bool else "a text")
     else:
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        need(number and math.isfinite(value) and value >= 0, "a number of 0 or more")
+        need(number and 0 <= value < 2**53, "a number of 0 or more, and below 2^53")  # not a NaN either
         need(kind is float or isinstance(value, int), "a whole number")
         value = kind(value)
     return value
@@ -190,6 +195,10 @@ def _check(c: TrainingConfig) -> None:
 
     for name in ("length", "rows"):
         need(getattr(c.data, name) >= 1, f"data.{name} must be 1 or more")
+    need(c.data.rows * c.data.length < 2**31, "data.rows times data.length must be below 2^31")
+    need(c.steps < 2**31, "the stages' steps must be below 2^31 together")
+    need(c.objective != "ar" or c.data.length > 1, "data.length must be 2 or more, to have a next token")
+    need(c.objective != "ar" or not (c.ar_weight or c.elbo_weight), "objective ar has no ar_weight or elbo_weight")
     for name in ("accumulate", "save_every", "keep", "log_every"):
         need(getattr(c, name) >= 1, f"{name} must be 1 or more")
     need(c.clip > 0, "clip must be above 0")

@@ -48,17 +48,30 @@ class Documents:
       encode: text to token ids.
       eos: id that ends every document, if it does not end with it already.
       vocab_size: V.
+      mask: id of [MASK], which no document may hold; None allows it.
 
     Raises:
       InputError: no file, an empty one, one that is not UTF-8, or a line that is not a document.
     """
 
-    def __init__(self, patterns: tuple[str, ...], encode: Callable[[str], list[int]], eos: int, vocab_size: int):
-        self._encode, self._eos, self._vocab = encode, eos, vocab_size
-        self._files = [Path(name) for pattern in patterns for name in sorted(glob.glob(pattern, recursive=True))]
+    def __init__(
+        self,
+        patterns: tuple[str, ...],
+        encode: Callable[[str], list[int]],
+        eos: int,
+        vocab_size: int,
+        mask: int | None = None,
+    ):
+        self._encode, self._eos, self._vocab, self._mask = encode, eos, vocab_size, mask
+        self._files: list[Path] = []
         for pattern in patterns:
-            if not glob.glob(pattern, recursive=True):
+            found = [Path(name) for name in sorted(glob.glob(pattern, recursive=True)) if not Path(name).is_dir()]
+            if not found:
                 raise InputError(f"data.files: {pattern} names no file")
+            self._files += found
+        for file in self._files:
+            if file.suffix.lower() == ".json":
+                raise InputError(f"{file}: give .jsonl, a record a line, or text under another name")
         places = [_places(file) for file in self._files]
         for file, found in zip(self._files, places, strict=True):
             if not len(found):
@@ -68,6 +81,11 @@ class Documents:
 
     def __len__(self) -> int:
         return len(self._places)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the files, without their folders."""
+        return [file.name for file in self._files]
 
     def __getitem__(self, number: int) -> Document:
         file = self._files[self._file[number]]
@@ -82,7 +100,11 @@ class Documents:
             text = raw.decode()
         except UnicodeDecodeError as error:
             raise InputError(f"{file}, line {line}: not UTF-8: {error.reason} at byte {start + error.start}") from None
-        prompt, text = _record(text, f"{file}, line {line}") if file.suffix == ".jsonl" else ("", text)
+        text = text if start else text.removeprefix("\ufeff")  # a byte order mark
+        if _is_jsonl(file):
+            prompt, text = _record(text, f"{file}, line {line}")
+        else:
+            prompt, text = "", text.replace("\r\n", "\n")
         given = self._encode(prompt) if prompt else []
         tokens = np.asarray(given + self._encode(text), np.int64)
         if len(tokens) == 0 or tokens[-1] != self._eos:
@@ -91,12 +113,18 @@ class Documents:
             raise InputError(
                 f"{file}, line {line}: the tokenizer gives id {tokens.max()}, the model's ids end at {self._vocab - 1}"
             )
+        if self._mask in tokens:
+            raise InputError(f"{file}, line {line}: holds the token of [MASK], id {self._mask}, which is not text")
         return Document(tokens.astype(np.int32), len(given))
+
+
+def _is_jsonl(file: Path) -> bool:
+    return file.suffix.lower() == ".jsonl"
 
 
 def _places(file: Path) -> np.ndarray:
     """(n, 3): first byte, length and line number of each document: a line of .jsonl, else what empty lines part."""
-    jsonl = file.suffix == ".jsonl"
+    jsonl = _is_jsonl(file)
     places: list[tuple[int, int, int]] = []
     at, open_start, open_line = 0, None, 0
     try:
@@ -124,11 +152,15 @@ def _record(line: str, where: str) -> tuple[str, str]:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not JSON: {error}") from None
-    if isinstance(record, dict) and isinstance(record.get("text"), str) and record["text"]:
-        return "", record["text"]
-    if isinstance(record, dict) and all(isinstance(record.get(name), str) for name in ("prompt", "completion")):
-        return record["prompt"], record["completion"]
-    raise InputError(f'{where}: must be {{"text": "..."}} or {{"prompt": "...", "completion": "..."}}')
+    record = record if isinstance(record, dict) else {}
+    pair = record.get("prompt", ""), record.get("text", record.get("completion"))
+    if not all(isinstance(part, str) for part in pair) or not any(pair) or ("text" in record) == ("prompt" in record):
+        raise InputError(f'{where}: must be {{"text": "..."}} or {{"prompt": "...", "completion": "..."}}, not empty')
+    try:
+        "".join(pair).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{where}: holds half of a surrogate pair, which is no character") from None
+    return pair
 
 
 class Packer:
@@ -166,25 +198,26 @@ class Packer:
         position: np.ndarray | None = None,
         only: np.ndarray | None = None,
     ):
-        self._documents = documents
+        self._count = len(documents)
         self._step, self._length, self._blocks, self._size = rows, length, blocks, block_size
         self._seed, self._eos = seed, eos
         self._rows = np.arange(rows) if only is None else only
         self.position = beginning(rows) if position is None else position.copy()
+        self._document = functools.lru_cache(2 * len(self._rows))(documents.__getitem__)  # a long one is many pieces
         self._order = functools.lru_cache(maxsize=2)(self._shuffled)  # rows may be in two epochs at a time
 
     @property
     def epochs(self) -> float:
         """How often the documents have been read, by the rows that are read here."""
-        return float(self.position[self._rows, 0].mean() / len(self._documents))
+        return float(self.position[self._rows, 0].mean() / self._count)
 
     def _shuffled(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self._seed, epoch]).permutation(len(self._documents))
+        return np.random.default_rng([self._seed, epoch]).permutation(self._count)
 
     def _piece(self, number: int, token: int) -> tuple[np.ndarray, int, int]:
         """Tokens that begin or continue a document, how many of them are given, and where it goes on (0: nowhere)."""
-        epoch, index = divmod(number, len(self._documents))
-        document = self._documents[int(self._order(epoch)[index])]
+        epoch, index = divmod(number, self._count)
+        document = self._document(int(self._order(epoch)[index]))
         tokens, prompt = document.tokens[token:], max(0, document.prompt - token)
         if prompt:  # of a long prompt the end counts, with room for a first block
             room = (self._length - self._size) // self._size * self._size

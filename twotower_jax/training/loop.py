@@ -19,6 +19,7 @@ from twotower_jax.training.config import TrainingConfig
 from twotower_jax.training.data import Packer
 from twotower_jax.training.metrics import Metrics
 from twotower_jax.training.optimizer import schedule
+from twotower_jax.training.output import claimed
 from twotower_jax.training.sharding import any_process, whole_position
 from twotower_jax.training.start import Start
 from twotower_jax.training.state import begin, describe
@@ -42,9 +43,13 @@ def run(c: TrainingConfig, start: Start) -> Ended:
     Raises:
       InputError: the folder holds another run; the data is not what it should be.
     """
+    with claimed(Path(c.output), start.folder):
+        return _run(c, start)
+
+
+def _run(c: TrainingConfig, start: Start) -> Ended:
     output = Path(c.output)
     first, alone = jax.process_index() == 0, jax.process_count() == 1
-    output.mkdir(parents=True, exist_ok=True)
     checkpoints = TrainingCheckpoints(output / "checkpoints", c.keep)
     now = begin(c, start, checkpoints)
     metrics = Metrics(output, now.step) if first else None
@@ -55,7 +60,7 @@ def run(c: TrainingConfig, start: Start) -> Ended:
     def save() -> None:
         nonlocal saved
         if now.step != saved:
-            _require_finite(float(values["loss"]), now.step)
+            _require_finite(c, float(values["loss"]), now.step)
             saved = now.step
             jax.block_until_ready(now.trained)
             position = whole_position(packer.position, start.placement.local_rows)
@@ -92,7 +97,7 @@ def run(c: TrainingConfig, start: Start) -> Ended:
                     stop = any_process(bool(told))
                     values = {name: float(value) for name, value in values.items()}
                     loss, seconds = values["loss"], time.perf_counter() - began
-                    _require_finite(loss, now.step)
+                    _require_finite(c, loss, now.step)
                     speed = tokens * jax.process_count() / seconds
                     values |= {"learning_rate": float(rate(now.step - 1)), "tokens_per_second": speed}
                     values |= {"epochs": packer.epochs}
@@ -143,6 +148,8 @@ def _told_to_stop() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _require_finite(loss: float, step: int) -> None:
+def _require_finite(c: TrainingConfig, loss: float, step: int) -> None:
     if not np.isfinite(loss):
-        raise InputError(f"the loss is {loss} at step {step}; start again with a smaller learning_rate")
+        raise InputError(
+            f"the loss is {loss} at step {step}; remove {c.output} and start again with a smaller learning_rate"
+        )

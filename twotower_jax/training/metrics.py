@@ -11,9 +11,11 @@ class Metrics:
 
     def __init__(self, folder: Path, step: int):
         self._file = folder / "metrics.jsonl"
-        lines = self._file.read_text().splitlines() if self._file.is_file() else []
+        lines = self._file.read_text(errors="replace").splitlines() if self._file.is_file() else []
         kept = [line for line in lines if _step_of(line) <= step]
-        self._file.write_text("".join(line + "\n" for line in kept))
+        unfinished = self._file.with_suffix(".tmp")
+        unfinished.write_text("".join(line + "\n" for line in kept))
+        unfinished.replace(self._file)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:

@@ -145,6 +145,8 @@ def mock_ar_loss(
 ) -> tuple[jax.Array, jax.Array]:
     """Next-token prediction as mock-AR decodes: one token of each block, given the context tower's state before it.
 
+    A completion's first token is not among what is predicted: the prompt before it is in no block.
+
     Args:
       config: dimensions.
       c: the run.

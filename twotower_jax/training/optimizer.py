@@ -8,14 +8,14 @@ from twotower_jax.training.config import Stage, TrainingConfig
 
 
 def stage_schedule(stage: Stage) -> optax.Schedule:
-    """Warmup-stable-decay over the steps of one stage."""
+    """Warmup-stable-decay over the steps of one stage: its last step has the final rate, if it decays at all."""
     top, end = stage.learning_rate, stage.final_learning_rate
     constant = stage.steps - stage.warmup - stage.decay
     return optax.join_schedules(
         [
             optax.linear_schedule(top / max(stage.warmup, 1), top, max(stage.warmup - 1, 1)),
             optax.constant_schedule(top),
-            optax.linear_schedule(top, end, max(stage.decay, 1)),
+            optax.linear_schedule(top + (end - top) / max(stage.decay, 1), end, max(stage.decay - 1, 1)),
         ],
         [stage.warmup, stage.warmup + constant],
     )

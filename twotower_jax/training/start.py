@@ -55,7 +55,8 @@ class Start:
       frozen: {"tower", "head"} of the context tower; nothing when it is trained itself.
       dtypes: of compute, for each trained parameter.
       documents: the data.
-      fingerprint: of the model that the run starts from.
+      fingerprint, tokenizer_fingerprint: of the model that the run starts from, and of its tokenizer.
+      folder: of that model.
       eos: the id that ends a document.
       placement: the devices.
 
@@ -67,6 +68,7 @@ class Start:
         self._c = c
         folder = sources.locate(c.model)
         has_weights = checkpoint.is_converted(folder) or any(folder.glob("*.safetensors"))
+        self.folder = folder
         self._source = sources.open_folder(folder) if has_weights else Fresh(folder, c.seed)
         self.config: Config = self._source.config
         if c.objective == "ar" and self._source.two_towers:
@@ -84,7 +86,9 @@ class Start:
             lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
             self.eos,
             self.config.vocab_size,
+            None if c.objective == "ar" else c.mask_token_id,
         )
+        self.tokenizer_fingerprint = zlib.crc32(self._tokenizer_file.read_bytes())
         self.fingerprint = zlib.crc32(np.ascontiguousarray(self._source.read(("context", "tower", "embeddings"))))
         self.placement = Placement(jax.devices(), c.data.rows, c.accumulate)
         dtype = inputs.dtype(c.dtype)
@@ -101,7 +105,9 @@ class Start:
         file = home / "tokenizer.json" if given in ("", "bytes") else Path(given)
         tokenizer = load_tokenizer(file.parent) if file.name == "tokenizer.json" else None
         if tokenizer is None:
-            raise InputError(f"{file} is no tokenizer; give data.tokenizer: a path to a tokenizer.json, or bytes")
+            what = "does not exist" if not file.exists() else "is no tokenizer.json"
+            raise InputError(f"{file} {what}; give data.tokenizer: a path to a tokenizer.json, or bytes")
+        tokenizer.encode_special_tokens = given == "bytes"  # there even <mask> is six bytes of text
         size, vocab = tokenizer.get_vocab_size(), self.config.vocab_size
         if size > vocab:
             raise InputError(f"{file} has {size} tokens, more than the model's vocabulary of {vocab}")
@@ -139,9 +145,7 @@ class Start:
         description = two_tower.describe(self.config, not ar)
         values = {(("context" if ar else "denoiser"), *path): value for path, value in flatten(trained)}
         first = jax.process_index() == 0
-        if first and folder.exists():
-            shutil.rmtree(folder)
-        with published(folder) if first else contextlib.nullcontext() as made:
+        with published(folder, replace=True) if first else contextlib.nullcontext() as made:
             unfinished = of_first_process(made)
             writer = checkpoint.Writer(unfinished, not ar, {})
             for path, p in flatten(description):

@@ -67,7 +67,7 @@ def export(c: TrainingConfig, start: Start, target: Path, step: int | None = Non
     absent(target)
     if not folder.is_dir():
         raise InputError(f"{c.output} holds no run; train it first")
-    checkpoints = TrainingCheckpoints(folder, c.keep)
+    checkpoints = TrainingCheckpoints(folder, c.keep, reads_only=True)
     try:
         if step is not None and step not in checkpoints.steps:
             known = ", ".join(map(str, checkpoints.steps)) or "none"
@@ -83,16 +83,19 @@ def describe(c: TrainingConfig, start: Start) -> dict[str, Any]:
     """What must not change between a run and its continuation, wherever its folders have been moved to."""
     raw = {name: value for name, value in dataclasses.asdict(c).items() if name not in FREE}
     data = raw.pop("data")
+    for i, stage in enumerate(raw.pop("stages")):
+        raw |= {f"stages[{i}].{name}": value for name, value in stage.items()}
     raw |= {f"data.{name}": value for name, value in data.items() if name not in ("files", "tokenizer")}
-    raw |= {"model": start.fingerprint, "data.files": [Path(name).name for name in c.data.files]}
-    raw |= {"number of documents": len(start.documents)}
+    raw |= {f"model's {name}": value for name, value in dataclasses.asdict(start.config).items()}
+    raw |= {"model": start.fingerprint, "tokenizer": start.tokenizer_fingerprint}
+    raw |= {"data.files": start.documents.names, "number of documents": len(start.documents)}
     return json.loads(json.dumps(raw))
 
 
 def _require_same(ours: dict[str, Any], theirs: dict[str, Any], output: Path) -> None:
-    for name in ours:
-        if ours[name] != theirs.get(name):
+    for name in [*ours, *theirs.keys() - ours]:
+        if ours.get(name) != theirs.get(name):
             raise InputError(
-                f"{output} holds a run with another {name} ({theirs.get(name)}, here {ours[name]}); "
+                f"{output} holds a run with another {name} ({theirs.get(name)}, here {ours.get(name)}); "
                 "continue it as it was, or give another output"
             )

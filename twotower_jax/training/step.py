@@ -53,14 +53,14 @@ def make_update(config: Config, c: TrainingConfig, dtypes: Any, block_size: int)
         start = (jax.tree.map(jnp.zeros_like, trained), zero, zero)
         keys = jax.random.split(key, batch.tokens.shape[0])
         (gradients, total, weight), loads = jax.lax.scan(part, start, (batch, keys))
-        weight = jnp.maximum(weight, 1)
+        targets, weight = weight, jnp.maximum(weight, 1)
         gradients = jax.tree.map(lambda g: g / weight, gradients)
         updates, state = optimizer.update(gradients, state, trained)
         trained = optax.apply_updates(trained, updates)
         loads = jax.tree.map(lambda z: z.sum(0), loads)
         if c.objective == "ar" and loads:
             trained = trained | {"tower": balance_experts(trained["tower"], loads, c.router_rate)}
-        metrics = {"loss": total / weight, "gradient_norm": optax.tree.norm(gradients), "targets": weight}
+        metrics = {"loss": total / weight, "gradient_norm": optax.tree.norm(gradients), "targets": targets}
         if loads:
             metrics["busiest_expert"] = jnp.stack([z.max() / jnp.maximum(z.mean(), 1e-9) for z in loads.values()]).max()
         return trained, state, metrics
