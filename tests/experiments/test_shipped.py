@@ -26,23 +26,19 @@ def test_quality(examples):
     assert 0 < diffusion["commits"] < diffusion["forwards"]
 
 
-@pytest.mark.parametrize("name", ABLATIONS)
+@pytest.mark.parametrize("name", ["no Mamba seeding", "no context attention", "all at once"])
 def test_ablations(examples, name):
-    """What each takes away: the context, which is fatal; passes; or the time, which this denoiser hardly reads."""
+    """Without the context nothing is right; all at once, a block is one pass."""
     part, (change, mode) = examples[:20], ABLATIONS[name]
     load.cache_clear()
     with ablated(change):
         found = evaluate(load("demo"), part, mode)
     load.cache_clear()
-    blocks = found["commits"] + len(part)
-    if "no " in name:
-        assert found["exact_match"] < 0.1
-    else:
+    if name == "all at once":
+        assert found["forwards"] == found["commits"] + len(part)
         assert found["exact_match"] > 0.7
-    if mode == "g0.8_T1":
-        assert found["forwards"] == blocks
-    elif mode == "g1_T16":
-        assert found["forwards"] > 10 * blocks
+    else:
+        assert found["exact_match"] < 0.1
 
 
 def test_time_held_still_reaches_the_denoiser(tiny):
