@@ -181,7 +181,9 @@ def _report(unraisable: Any, report=sys.unraisablehook) -> None:
 
 
 sys.unraisablehook = _report
-logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
+logging.getLogger("asyncio").addFilter(
+    lambda record: not any(word in record.getMessage() for word in ("orbax", "zarr3", "OCDBT"))
+)
 
 
 @contextlib.contextmanager
