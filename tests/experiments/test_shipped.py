@@ -43,7 +43,7 @@ def test_ablations(examples, name):
 
 def test_time_held_still_reaches_the_denoiser(tiny):
     """Whatever a model makes of it: the golden model writes other tokens."""
-    options = {"max_new_tokens": 32, "steps_per_block": 16, "confidence_threshold": 1}
+    options = {"max_new_tokens": 16, "steps_per_block": 16, "confidence_threshold": 1}
     expected = tiny.model.generate_mask_diffusion(tiny.prompts, **options)
     load.cache_clear()
     with ablated(still):
