@@ -14,7 +14,7 @@ from convert import layouts
 from twotower_jax import two_tower
 from twotower_jax.config import Config, parse_config, read_json
 from twotower_jax.errors import InputError
-from twotower_jax.parameters import Parameter, flatten
+from twotower_jax.parameters import Parameter, Part, cut, flatten, whole
 
 INDEX = "model.safetensors.index.json"
 DTYPES = {
@@ -95,18 +95,22 @@ class HuggingFaceFolder:
             if DTYPES[self._tensors[name].dtype] != self.dtype(path)
         }
 
-    def read(self, path: tuple[str, ...]) -> np.ndarray:
-        """One parameter in our layout, stacked over experts or layers. Holds no file open."""
+    def read(self, path: tuple[str, ...], part: Part | None = None) -> np.ndarray:
+        """One parameter in our layout, stacked over experts or layers, or a part of it. Holds no file open."""
         p, names = self._of(path)
-        out = np.empty(self.config.shape(p.axes), self.dtype(path))
+        part = part or whole(self.config.shape(p.axes))
+        out = np.empty([sum(r.stop - r.start for r in ranges) for ranges in part], self.dtype(path))
         slices = out if p.stacked else out[None]
+        if p.stacked:
+            names = [name for r in part[0] for name in names[r]]
+        there = layouts.part_there(p, part[1:] if p.stacked else part)
         by_file: dict[Path, list[int]] = {}
         for i, name in enumerate(names):
             by_file.setdefault(self._tensors[name].file, []).append(i)
         for file, indices in by_file.items():
             with safe_open(file, "np") as handle:
                 for i in indices:
-                    tensor = layouts.to_ours(p, handle.get_tensor(names[i]))
+                    tensor = layouts.to_ours(p, cut(handle.get_slice(names[i]), there))
                     with np.errstate(invalid="ignore"):
                         slices[i] = tensor
                         kept = tensor.dtype == out.dtype or _bits(slices[i].astype(tensor.dtype)) == _bits(tensor)

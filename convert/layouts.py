@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from twotower_jax.parameters import Parameter
+from twotower_jax.parameters import Parameter, Part
 
 
 def to_ours(p: Parameter, tensor: np.ndarray) -> np.ndarray:
@@ -25,6 +25,16 @@ def to_hf(p: Parameter, slice_: np.ndarray) -> np.ndarray:
         case "conv":
             return slice_.T[:, None]
     return slice_
+
+
+def part_there(p: Parameter, part: Part) -> Part:
+    """A part of one slice of ours as a part of the tensor."""
+    match p.layout:
+        case "linear":
+            return part[::-1]
+        case "conv":
+            return (part[1], (slice(0, 1),), part[0])
+    return part
 
 
 def tensors(p: Parameter, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:

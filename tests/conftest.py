@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import shutil
+import socket
 import tempfile
 from pathlib import Path
 
@@ -75,6 +76,14 @@ def tiny() -> Golden:
 def task_prompts() -> list[dict]:
     """Of trained-0: prompts, right answers, and the reference's tokens by mode."""
     return json.loads((DATA / "trained-0" / "prompts.json").read_text())
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
 
 
 def byte_ids(text: str) -> list[int]:

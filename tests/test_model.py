@@ -12,7 +12,8 @@ import twotower_jax as tt
 from twotower_jax import memory
 from twotower_jax.model import bucket
 
-MODES = ["generate_mask_diffusion", "generate_ar", "generate_mock_ar"]
+LATER = pytest.mark.slow  # mock-AR runs the loop that diffusion runs, and appends tokens as AR does
+MODES = ["generate_mask_diffusion", "generate_ar", pytest.param("generate_mock_ar", marks=LATER)]
 
 
 @pytest.mark.parametrize("mode", MODES)

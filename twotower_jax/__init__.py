@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from twotower_jax.errors import InputError
 
 if TYPE_CHECKING:
-    from twotower_jax.model import Generation, Model, load
+    from twotower_jax.model import Generation, Model, Placement, load
 
-__all__ = ["Generation", "InputError", "Model", "load"]
+__all__ = ["Generation", "InputError", "Model", "Placement", "load"]
 
 
 def __getattr__(name: str):

@@ -16,17 +16,19 @@ from typing import Any
 
 import jax
 import numpy as np
+import tensorstore
 from orbax.checkpoint.experimental import v1 as ocp
 
 from twotower_jax import interrupts, two_tower
 from twotower_jax.config import Config, parse_config, read_json
 from twotower_jax.errors import InputError
-from twotower_jax.parameters import Parameter, flatten, unflatten
+from twotower_jax.parameters import Parameter, Part, cut, flatten, unflatten, whole
 
 PARAMS = "params"
 CONTENTS = "checkpoint.json"
-GROUP_BYTES = 2**27  # small parameters are written and read together, up to this much
+GROUP_BYTES = 2**25  # small parameters are written and read together, up to this much
 CHECKED_BYTES = 2**26  # of an array have a checksum of their own: several threads compute them
+CHUNK_BYTES = 2**25  # of an array lie together at most, so that a part can be read alone
 ODD_DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -74,14 +76,47 @@ class ConvertedFolder:
         if problems:
             raise InputError("\n".join(problems))
         self._order = list(shapes)
+        self._stacked = {path for path, p in expected.items() if p.stacked}
         self._ahead: dict[tuple[str, ...], np.ndarray] = {}
+        self._last: tuple[tuple[str, ...], np.ndarray] | None = None
 
     def dtype(self, path: tuple[str, ...]) -> np.dtype:
         """The dtype that a parameter is stored in."""
         return np.dtype(self._stored[path].dtype)
 
-    def read(self, path: tuple[str, ...]) -> np.ndarray:
-        """One parameter. Quick in the description's order: small ones that follow are read along with it."""
+    def read(self, path: tuple[str, ...], part: Part | None = None) -> np.ndarray:
+        """One parameter, or a part of it. Quick in the description's order: small ones that follow are read along.
+
+        Of stacked ones (experts) no more is read than the part has; of others all is, once for parts in a row.
+        """
+        if part is None:
+            return self._whole(path)
+        if path in self._stacked and path not in self._ahead:
+            return self._slices(path, part)
+        if self._last is None or self._last[0] != path:
+            self._last = (path, self._whole(path))
+        return cut(self._last[1], part)
+
+    def _slices(self, path: tuple[str, ...], part: Part) -> np.ndarray:
+        name = "/".join(path)
+        home = {"driver": "file", "path": f"{self._path}/state/"}
+        store = {"driver": "zarr3", "kvstore": {"driver": "ocdbt", "base": home, "path": ".".join(path) + "/"}}
+        found = []
+        with _orbax(f"cannot read {name} of {self._path}; convert it again"):
+            array = tensorstore.open(store, read=True).result()
+            for r in part[0]:
+                found.append(array[r].read().result())
+        known = self._checksums.get(name, [])
+        for r, value in zip(part[0], found, strict=True):
+            if _checksums(value, stacked=True) != known[r]:
+                raise self._damaged(name)
+        found = [cut(value, whole(value.shape[:1]) + part[1:]) for value in found]
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+    def _damaged(self, name: str) -> InputError:
+        return InputError(f"{name} of {self._path} is damaged: its checksum differs; convert it again")
+
+    def _whole(self, path: tuple[str, ...]) -> np.ndarray:
         if path not in self._ahead:
             wanted: dict[tuple[str, ...], Any] = dict.fromkeys(self._stored, ocp.PLACEHOLDER)
             group = self._group(path)
@@ -90,8 +125,8 @@ class ConvertedFolder:
                 loaded = dict(flatten(ocp.load(self._path, unflatten(wanted))))
             self._ahead = {p: loaded[p] for p in group}
         value = self._ahead.pop(path)
-        if _checksums(value) != self._checksums.get("/".join(path)):
-            raise InputError(f"{'/'.join(path)} of {self._path} is damaged: its checksum differs; convert it again")
+        if _checksums(value, path in self._stacked) != self._checksums.get("/".join(path)):
+            raise self._damaged("/".join(path))
         return value
 
     def _group(self, first: tuple[str, ...]) -> list[tuple[str, ...]]:
@@ -120,11 +155,14 @@ class Writer:
         if sum(v.nbytes for v in self._group.values()) + value.nbytes > GROUP_BYTES:
             self._flush()
         self._group[path] = value
-        self._checksums["/".join(path)] = _checksums(value)
+        self._checksums["/".join(path)] = _checksums(value, p.stacked)
 
     def _flush(self) -> None:
         if self._group:
-            with _orbax(f"cannot write {self._path}"):
+            in_chunks = ocp.Context()
+            in_chunks.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
+            in_chunks.array.saving.storage_options.shard_axes = (0,)
+            with _orbax(f"cannot write {self._path}"), in_chunks:
                 ocp.partial.save(self._path, unflatten(self._group))
             self._group = {}
 
@@ -138,10 +176,11 @@ class Writer:
         (self._folder / CONTENTS).write_text(json.dumps(contents) + "\n", encoding="utf-8")
 
 
-def _checksums(value: np.ndarray) -> list[int]:
-    """CRC-32 of each piece of an array's bytes."""
+def _checksums(value: np.ndarray, stacked: bool) -> list[int]:
+    """CRC-32 of each piece of an array's bytes: of each slice of stacked ones."""
     data = memoryview(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
-    pieces = [data[start : start + CHECKED_BYTES] for start in range(0, len(data), CHECKED_BYTES)]
+    size = len(data) // len(value) if stacked else CHECKED_BYTES
+    pieces = [data[start : start + size] for start in range(0, len(data), size)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(zlib.crc32, pieces))
 

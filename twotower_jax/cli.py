@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_convert(commands.add_parser("convert", help="convert a checkpoint", description=_convert.__doc__))
     _add_demo(commands.add_parser("demo", help="see the modes at work", description=_demo.__doc__))
     _add_train(commands.add_parser("train", help="train a model", description=_train.__doc__))
+    _add_plan(commands.add_parser("plan", help="what a model needs of devices to rent", description=_plan.__doc__))
     _add_export(commands.add_parser("export", help="the model of a run so far", description=_export.__doc__))
     return parser
 
@@ -88,7 +89,27 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add("--steps-per-block", type=int, metavar="T", help="diffusion: most denoiser passes a block (16)")
     add("--confidence-threshold", type=float, metavar="GAMMA", help="diffusion: commit predictions above it (0.8)")
     add("--mask-token-id", type=int, metavar="ID", help="diffusion: the id of [MASK] (3)")
+    _add_placement(parser)
+    _add_job(parser)
     _add_json(parser)
+
+
+def _add_placement(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--context-devices",
+        metavar="N,N",
+        help="the context tower's, from 0 (the first half, of two or more)",
+    )
+    add("--denoiser-devices", metavar="N,N", help="the denoiser's (the second half)")
+    add("--mesh", metavar="AXIS=N,...", help="how a tower's devices divide it: data, expert, tensor (expert first)")
+
+
+def _add_job(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--coordinator", metavar="HOST:PORT", help="of a job of several processes; auto where JAX knows the launcher")
+    add("--processes", type=int, metavar="N", help="how many there are")
+    add("--process", type=int, metavar="I", help="which one this is, from 0")
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
@@ -103,6 +124,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_demo)
+    _add_placement(parser)
     _add_json(parser)
 
 
@@ -110,9 +132,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_train)
     add = parser.add_argument
     add("config", metavar="CONFIG", help="a TOML file; see twotower_jax/training/config.py")
-    add("--coordinator", metavar="HOST:PORT", help="of a job of several processes; auto where JAX knows the launcher")
-    add("--processes", type=int, metavar="N", help="how many there are")
-    add("--process", type=int, metavar="I", help="which one this is, from 0")
+    _add_job(parser)
     _add_json(parser)
 
 
@@ -122,6 +142,22 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     add("config", metavar="CONFIG", help="the run's TOML file")
     add("target", metavar="DST", help="the folder to make")
     add("--step", type=int, metavar="N", help="of the checkpoint (the newest)")
+    _add_json(parser)
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_plan)
+    add = parser.add_argument
+    add("config", metavar="CONFIG", help="a config.json, or a model as for generate")
+    add("--devices", required=True, metavar="TARGET", help="h100xN, h200xN, or a TPU slice such as v5e:4x4")
+    add("--rows", type=int, default=32, help="of a batch (32)")
+    add("--context", type=int, default=8192, metavar="N", help="tokens of a row, prompt and new ones (8192)")
+    add("--max-new-tokens", type=int, default=128, metavar="N", help="new ones among them (128)")
+    add("--mode", choices=MODES, default="diffusion")
+    add("--block-size", type=int, default=16, metavar="S", help="positions denoised together (16)")
+    add("--dtype", default="bfloat16", help="bfloat16 (default) or float32")
+    add("--largest", action="store_true", help="find the largest number of rows that fits, too")
+    _add_placement(parser)
     _add_json(parser)
 
 
@@ -154,11 +190,22 @@ def _convert(args: argparse.Namespace) -> int:
     return 0
 
 
+def _placement(args: argparse.Namespace):
+    """The devices that were asked for."""
+    from twotower_jax.placement import Placement, parse_devices, parse_mesh
+
+    return Placement(
+        parse_devices("--context-devices", args.context_devices),
+        parse_devices("--denoiser-devices", args.denoiser_devices),
+        None if args.mesh is None else parse_mesh(args.mesh),
+    )
+
+
 def _demo(args: argparse.Namespace) -> int:
     """A tour of about a minute: the shipped model answers the same prompts in each mode."""
     from twotower_jax.tour import tour
 
-    result = tour()
+    result = tour(_placement(args))
     if args.json:
         print(json.dumps(result))
         return 0
@@ -192,6 +239,16 @@ def _train(args: argparse.Namespace) -> int:
     return 0 if ended.finished else 130
 
 
+def _plan(args: argparse.Namespace) -> int:
+    """Compile every program of a generation for devices that need not be there, and say what it needs of them."""
+    from twotower_jax import plan_report
+
+    names = ("devices", "rows", "context", "max_new_tokens", "mode", "block_size", "dtype", "largest")
+    result = plan_report.make(args.config, _placement(args), **{name: getattr(args, name) for name in names})
+    print(json.dumps(result) if args.json else result["table"])
+    return 0
+
+
 def _export(args: argparse.Namespace) -> int:
     """Write the model that a run has made so far, from one of its checkpoints."""
     from twotower_jax import sources
@@ -208,10 +265,14 @@ def _export(args: argparse.Namespace) -> int:
 
 def _generate(args: argparse.Namespace) -> int:
     """Generate text by mask diffusion, by the context tower alone (ar) or by the denoiser token by token (mock-ar)."""
+    import jax
+
     import twotower_jax as tt
-    from twotower_jax import sources
+    from twotower_jax import distributed, sources
+    from twotower_jax.programs import keep_between_runs
     from twotower_jax.tokenizer import load_tokenizer
 
+    placement = _placement(args)
     options = _decoding_options(args)
     folder = sources.locate(args.model)
     tokenizer = load_tokenizer(folder)
@@ -221,7 +282,11 @@ def _generate(args: argparse.Namespace) -> int:
     if not prompts:
         raise InputError("give a prompt: --prompt TEXT, --prompt-file FILE or --ids 5,7,9")
     eos = None if args.eos_token_id is None else _stop_ids(args.eos_token_id)
-    model = tt.load(folder, dtype=args.dtype)
+    distributed.join(args.coordinator, args.processes, args.process)
+    keep_between_runs()
+    model = tt.load(folder, dtype=args.dtype, placement=placement)
+    if jax.device_count() > 1 and not args.process:
+        print(model.towers, file=sys.stderr)
     eos = model.config.eos_token_ids if eos is None else eos
     generate = {
         "diffusion": model.generate_mask_diffusion,
@@ -247,7 +312,9 @@ def _generate(args: argparse.Namespace) -> int:
             kinds, texts, prompts, result.tokens, result.forwards, result.errors, strict=True
         )
     ]
-    if args.json:
+    if args.process:
+        pass  # the first process speaks
+    elif args.json:
         times = {"seconds": result.seconds, "compile_seconds": result.compile_seconds}
         print(json.dumps({"model": args.model, "mode": args.mode, "dtype": args.dtype, "rows": rows} | times))
     else:

@@ -47,8 +47,21 @@ FIXED = {
 
 
 @dataclasses.dataclass(frozen=True)
+class Shards:
+    """Over how many devices rows, experts, and what tensor parallelism divides are divided (see `sharding`)."""
+
+    data: int = 1
+    expert: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
-    """Dimensions and constants of one tower; both towers of a model share them."""
+    """Dimensions and constants of one tower; both towers of a model share them.
+
+    Inside a program over several devices they are those of what one device holds (`sharding.share`); of what is
+    `whole` there, `shards` tells how it is divided.
+    """
 
     pattern: str  # a letter a layer: M Mamba-2, * attention, E mixture of experts, - dense MLP
     vocab_size: int
@@ -83,6 +96,9 @@ class Config:
     initializer_range: float
     eos_token_ids: tuple[int, ...]
 
+    shards: Shards = Shards()
+    whole: "Config | None" = None
+
     @property
     def mamba_width(self) -> int:
         return self.mamba_heads * self.mamba_head_dim
@@ -104,7 +120,8 @@ class Config:
             "conv_channels": self.conv_channels,
             "query": self.attention_heads * self.head_dim,
             "kv": self.kv_heads * self.head_dim,
-            "experts": self.experts,
+            "experts": self.experts // self.shards.expert,
+            "routes": self.experts,
             "expert_width": self.expert_width,
             "shared_width": self.shared_width,
             "mlp_width": self.mlp_width,

@@ -2,24 +2,27 @@
 
 import dataclasses
 import functools
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from twotower_jax import inputs, memory, sources, two_tower
+from twotower_jax import generation, inputs, memory, sharding, sources, two_tower
 from twotower_jax.config import Config
-from twotower_jax.decoding import autoregressive, diffusion
+from twotower_jax.decoding.autoregressive import MockAR
+from twotower_jax.decoding.diffusion import Diffusion
+from twotower_jax.decoding.progress import Request
 from twotower_jax.decoding.sampling import Sampler
 from twotower_jax.decoding.unmasking import ThresholdUnmasking
 from twotower_jax.errors import InputError
-from twotower_jax.parameters import flatten, unflatten
+from twotower_jax.parameters import flatten, parameter_bytes, unflatten
+from twotower_jax.placement import Group, Placement, Towers, place
+from twotower_jax.programs import Program, Programs
+from twotower_jax.sharding import LOGITS, ROWS
 from twotower_jax.state import state_bytes
 
 
@@ -42,28 +45,36 @@ class Generation:
     compile_seconds: float
 
 
-def load(model: str | Path, dtype: Any = "bfloat16") -> "Model":
-    """Loads NVIDIA's layout or a converted checkpoint, of a TwoTower or a backbone.
+def load(model: str | Path, dtype: Any = "bfloat16", placement: Placement | None = None) -> "Model":
+    """Loads NVIDIA's layout or a converted checkpoint, of a TwoTower or a backbone, straight onto its devices.
 
     Args:
       model: a folder, the name of a shipped model (`demo`), or a Hugging Face id.
       dtype: of weights and activations, bfloat16 or float32; scan, norms, router, softmax and logits are always
         float32.
+      placement: the towers' devices, and how a tower is divided over them; on two or more devices half are the context
+        tower's by default.
 
     Raises:
-      InputError: a line for everything that is wrong with the folder, or the model does not fit the device.
+      InputError: a line for everything that is wrong with the folder; the model does not fit the devices, or cannot be
+        divided so.
     """
     dtype = inputs.dtype(dtype)
     folder = sources.open_folder(sources.locate(model))
+    towers = place(placement or Placement(), folder.config, folder.two_towers)
     description = two_tower.describe(folder.config, folder.two_towers)
-    dtypes = {path: jnp.dtype(jnp.float32) if p.float32 else dtype for path, p in flatten(description)}
-    size = sum(math.prod(folder.config.shape(p.axes)) * dtypes[path].itemsize for path, p in flatten(description))
-    device = jax.local_devices()[0]
-    memory.require(size, device, f"{model} in {dtype.name}")
+    for group in towers.groups:
+        here = [tower for tower in description if towers.of(tower) is group]
+        size = sum(parameter_bytes(group.config, description[tower], dtype) for tower in here)
+        whose = "" if len(here) == len(description) else f"'s {here[0]} tower"
+        what = f"{model}{whose} in {dtype.name}"
+        for device in group.local_devices:
+            memory.require(size, device, what)
     params = {}
-    for path in tqdm(dtypes, desc=f"loading {model}", unit="arrays", delay=2, disable=None):
-        params[path] = jax.device_put(folder.read(path).astype(dtypes[path]), device)
-    return Model(folder.config, unflatten(params))
+    for path, p in tqdm(list(flatten(description)), desc=f"loading {model}", unit="arrays", delay=2, disable=None):
+        own = jnp.dtype(jnp.float32) if p.float32 else dtype
+        params[path] = towers.of(path[0]).parameter(p, own, functools.partial(folder.read, path))
+    return Model(folder.config, unflatten(params), towers)
 
 
 def bucket(length: int) -> int:
@@ -72,30 +83,20 @@ def bucket(length: int) -> int:
     return -(-length // step) * step
 
 
-@dataclasses.dataclass(frozen=True)
-class _Request:
-    """A checked batch: prompts padded to `width` on the device, a state with room for `capacity` tokens a row."""
-
-    prompts: list[np.ndarray]
-    limit: int
-    capacity: int
-    width: int
-    rows: np.ndarray
-    seed: np.uint32
-    eos: np.ndarray
-
-
 class Model:
     """A TwoTower, or a backbone (AR only), ready to run. `load` makes one.
 
     Attributes:
       config: dimensions.
       params: see `two_tower`.
+      towers: the devices that the parameters are on.
     """
 
-    def __init__(self, config: Config, params: dict):
+    def __init__(self, config: Config, params: dict, towers: Towers | None = None):
         self.config, self.params = config, params
-        self._programs: dict[Any, Callable] = {}
+        one_device = Placement((0,), (0,) if self.two_towers else None)
+        self.towers = towers or place(one_device, config, self.two_towers)
+        self._programs = Programs()
 
     @property
     def two_towers(self) -> bool:
@@ -133,7 +134,7 @@ class Model:
         """
         self._need_denoiser("generate_mask_diffusion")
         vocab = self.config.vocab_size
-        rules = diffusion.Diffusion(
+        rules = Diffusion(
             sampler=self._sampler(temperature, top_k, None),
             unmasking=ThresholdUnmasking(
                 threshold=np.float32(inputs.number("confidence_threshold", confidence_threshold, 0, 1)),
@@ -142,11 +143,7 @@ class Model:
             mask_id=np.int32(inputs.whole("mask_token_id", mask_token_id, 0, vocab - 1)),
             block_size=inputs.whole("block_size", block_size, 1, 2**31 - 1),
         )
-        limit = inputs.whole("max_new_tokens", max_new_tokens, 0, 2**31 - 1)
-        size = rules.block_size
-        blocks, most = -(-limit // size), -(-bucket(limit) // size)
-        request = self._request(prompts, limit, most * size, rows, seed, eos_token_id)
-        return self._generate(diffusion.generate, rules, request, blocks, max_blocks=most)
+        return self._generate(rules, rules.block_size, prompts, max_new_tokens, rows, seed, eos_token_id)
 
     def generate_ar(
         self,
@@ -163,7 +160,7 @@ class Model:
         the nucleus that is drawn from, in (0, 1].
         """
         sampler = self._sampler(temperature, top_k, top_p)
-        return self._one_by_one(False, sampler, prompts, max_new_tokens, rows, seed, eos_token_id)
+        return self._generate(sampler, 1, prompts, max_new_tokens, rows, seed, eos_token_id)
 
     def generate_mock_ar(
         self,
@@ -180,20 +177,22 @@ class Model:
         while it equals the backbone. Arguments as for `generate_ar`.
         """
         self._need_denoiser("generate_mock_ar")
-        sampler = self._sampler(temperature, top_k, top_p)
-        return self._one_by_one(True, sampler, prompts, max_new_tokens, rows, seed, eos_token_id)
+        rules = MockAR(self._sampler(temperature, top_k, top_p))
+        return self._generate(rules, 1, prompts, max_new_tokens, rows, seed, eos_token_id)
 
     def context_logits(self, ids: Sequence[int]) -> np.ndarray:
         """The context tower over one sequence: (L,) ids -> (L, V) float32."""
         ids = inputs.token_ids("ids", ids, self.config.vocab_size)
         capacity = bucket(len(ids))
-        padded = np.zeros((1, capacity), np.int32)
-        padded[0, : len(ids)] = ids
+        group = self.towers.context
+        rows = group.row_shards  # copies: every device has one
+        padded = np.zeros((rows, capacity), np.int32)
+        padded[:, : len(ids)] = ids
         what = f"a prompt of {len(ids)} tokens with logits for each"
-        self._require_memory(1, capacity, 4 * capacity * self.config.vocab_size, what)
-        arrays = (padded, np.asarray([len(ids)], np.int32))
-        program, _ = self._program(two_tower.context_logits, arrays, {"capacity": capacity}, what)
-        return np.asarray(program(self.params, *arrays))[0, : len(ids)]
+        self._require_memory(group, 1, capacity, 4 * capacity * group.config.vocab_size, what)
+        program = Program(two_tower.context_logits, (sharding.specs(self.config, "context"), ROWS, ROWS), LOGITS)
+        arrays = ({"context": self.params["context"]}, *group.put((padded, np.full(rows, len(ids), np.int32)), ROWS))
+        return group.fetch(self._programs.run(group, program, *arrays, what=what, capacity=capacity))[0, : len(ids)]
 
     def _need_denoiser(self, name: str) -> None:
         if not self.two_towers:
@@ -212,77 +211,50 @@ class Model:
             return Sampler(temperature=np.float32(1), greedy=True)
         return Sampler(temperature, None if top_p is None else np.float32(top_p), top_k)
 
-    def _one_by_one(self, mock, sampler, prompts, max_new_tokens, rows, seed, eos_token_id) -> Generation:
-        limit = inputs.whole("max_new_tokens", max_new_tokens, 0, 2**31 - 1)
-        room = bucket(limit)
-        request = self._request(prompts, limit, room, rows, seed, eos_token_id)
-        return self._generate(autoregressive.generate, sampler, request, limit, max_tokens=room, mock=mock)
-
-    def _request(self, prompts, limit, room, rows, seed, eos_token_id) -> _Request:
+    def _generate(self, rules: Any, unit: int, prompts, max_new_tokens, rows, seed, eos_token_id) -> Generation:
+        """Runs a decoding loop, in which `rules` write `unit` tokens at a time: a sampler, in AR."""
         vocab = self.config.vocab_size
+        limit = inputs.whole("max_new_tokens", max_new_tokens, 0, 2**31 - 1)
         prompts = inputs.prompts(prompts, vocab)
         longest = max(map(len, prompts), default=1)
-        return _Request(
-            prompts=prompts,
-            limit=limit,
-            capacity=bucket(longest + room),
-            width=bucket(longest),
+        room = -(-bucket(limit) // unit) * unit
+        capacity = bucket(longest + room)
+        request = Request(
+            prompts=np.zeros((len(prompts), bucket(longest)), np.int32),
+            count=np.asarray([len(ids) for ids in prompts], np.int32),
             rows=inputs.row_numbers(rows, len(prompts)),
             seed=np.uint32(inputs.whole("seed", seed, 0, 2**32 - 1)),
             eos=inputs.stop_ids(eos_token_id, vocab),
+            units=np.int32(-(-limit // unit)),
         )
-
-    def _generate(self, function: Callable, rules: Any, request: _Request, units: int, **static: Any) -> Generation:
-        """Runs a decoding loop; `units` are its blocks or tokens."""
-        r = request
-        if not r.prompts or r.limit == 0:
-            count = len(r.prompts)
-            return Generation([[] for _ in range(count)], [0] * count, [None] * count, 0.0, 0.0)
-        what = f"{len(r.prompts)} rows of up to {max(map(len, r.prompts))} prompt tokens and {r.limit} new ones"
-        self._require_memory(len(r.prompts), r.capacity, 4 * len(r.prompts) * r.capacity, what)
-        padded = np.zeros((len(r.prompts), r.width), np.int32)
-        for row, ids in enumerate(r.prompts):
-            padded[row, : len(ids)] = ids
-        count = np.asarray([len(ids) for ids in r.prompts], np.int32)
-        arrays = (rules, padded, count, r.rows, r.seed, r.eos, np.int32(units))
-        program, compile_seconds = self._program(function, arrays, static | {"capacity": r.capacity}, what)
-        start = time.perf_counter()
-        tokens, length, forwards, failed = map(np.asarray, program(self.params, *arrays))
-        seconds = time.perf_counter() - start
+        if not prompts or limit == 0:
+            return Generation([[] for _ in prompts], [0] * len(prompts), [None] * len(prompts), 0.0, 0.0)
+        for padded, ids in zip(request.prompts, prompts, strict=True):
+            padded[: len(ids)] = ids
+        what = f"{len(prompts)} rows of up to {longest} prompt tokens and {limit} new ones"
+        for group in self.towers.groups:
+            self._require_memory(group, len(prompts), capacity, 4 * capacity * len(prompts), what)
+        run = functools.partial(generation.generate, self.towers, self._programs, self.params, rules, request, what)
+        compiled, start = self._programs.compile_seconds, time.perf_counter()
+        p = run(capacity=capacity, room=room)
+        compile_seconds = self._programs.compile_seconds - compiled
+        seconds = time.perf_counter() - start - compile_seconds
         return Generation(
-            tokens=[_cut(row[:n], r.limit, r.eos) for row, n in zip(tokens, length, strict=True)],
-            forwards=forwards.tolist(),
-            errors=["a logit was not finite; the row ends before it" if bad else None for bad in failed],
+            tokens=[_cut(row[:n], limit, request.eos) for row, n in zip(p.tokens, p.length, strict=True)],
+            forwards=p.forwards.tolist(),
+            errors=["a logit was not finite; the row ends before it" if bad else None for bad in p.failed],
             seconds=seconds,
             compile_seconds=compile_seconds,
         )
 
-    def _program(self, function: Callable, arrays: Any, static: dict, what: str) -> tuple[Callable, float]:
-        """The compiled function for arrays of these shapes, and the seconds that it took to compile just now."""
-        leaves, structure = jax.tree.flatten(arrays)
-        shapes = tuple((np.shape(leaf), np.result_type(leaf)) for leaf in leaves)
-        key = (function, tuple(static.items()), structure, shapes)
-        if key in self._programs:
-            return self._programs[key], 0.0
-        start = time.perf_counter()
-        jitted = jax.jit(functools.partial(function, self.config, **static))
-        program = jitted.lower(self.params, *arrays).compile()
-        if (analysis := program.memory_analysis()) is not None:
-            needed = analysis.temp_size_in_bytes + analysis.output_size_in_bytes
-            memory.require(needed, self._device, what)
-        self._programs[key] = program
-        return program, time.perf_counter() - start
-
-    @property
-    def _device(self) -> jax.Device:
-        return next(iter(self.params["context"]["head"].devices()))
-
-    def _require_memory(self, rows: int, capacity: int, extra: int, what: str) -> None:
+    def _require_memory(self, group: Group, rows: int, capacity: int, extra: int, what: str) -> None:
         """Refuses before anything is compiled what the context's state alone makes too large."""
         if capacity >= 2**31:
             raise InputError(f"{what}: positions end at {2**31 - 1}")
-        needed = state_bytes(self.config, rows, capacity, two_tower.dtype_of(self.params)) + extra
-        memory.require(needed, self._device, what)
+        rows = -(-rows // group.row_shards)
+        needed = state_bytes(group.config, rows, capacity, two_tower.dtype_of(self.params)) + extra
+        for device in group.local_devices:
+            memory.require(needed, device, what)
 
 
 def _cut(tokens: np.ndarray, limit: int, eos: np.ndarray) -> list[int]:

@@ -1,17 +1,23 @@
 """The description of a parameter: where its shape, initial value, dtype and Hugging Face name come from."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from twotower_jax.config import Config
 
 Initializer = Callable[..., jax.Array]
 normal = nn.initializers.normal
+
+
+Ranges = tuple[slice, ...]  # of an axis, one after the other
+Part = tuple[Ranges, ...]  # of an array: the ranges of each axis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +77,27 @@ def unflatten(leaves: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
             node = node.setdefault(name, {})
         node[path[-1]] = leaf
     return tree
+
+
+def whole(shape: Sequence[int]) -> Part:
+    """All of an array."""
+    return tuple((slice(0, size),) for size in shape)
+
+
+def cut(array: Any, part: Part) -> np.ndarray:
+    """A part of anything that takes an index."""
+    if all(len(ranges) == 1 for ranges in part):
+        return np.asarray(array[tuple(ranges[0] for ranges in part)])
+    axis = next(i for i, ranges in enumerate(part) if len(ranges) > 1)
+    return np.concatenate([cut(array, (*part[:axis], (r,), *part[axis + 1 :])) for r in part[axis]], axis)
+
+
+def parameter_bytes(config: Config, description: Any, dtype: jnp.dtype) -> int:
+    """Of a description's parameters in `dtype`; of what one device holds, where the config is."""
+    return sum(
+        math.prod(config.shape(p.axes)) * jnp.dtype(jnp.float32 if p.float32 else dtype).itemsize
+        for p in jax.tree.leaves(description)
+    )
 
 
 def initialize(description: Any, config: Config, key: jax.Array, dtype: jnp.dtype) -> Any:

@@ -2,9 +2,11 @@
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from twotower_jax import checkpoint
+from twotower_jax.config import Config, parse_config, read_json
 from twotower_jax.errors import InputError, short
 
 SHIPPED = Path(__file__).parent / "models"
@@ -18,6 +20,10 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+
+
+DOWNLOADED = ("config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES)
+NAME = r"[\w.-]+/[\w.-]+"  # of a model at Hugging Face
 
 
 def shipped() -> list[str]:
@@ -57,7 +63,7 @@ def locate(model: str | Path) -> Path:
         raise InputError(f"{model} is no model folder: it has no config.json")
     if folder.exists():
         raise InputError(f"{model} is a file; give the folder that holds config.json and the weights")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
+    if not re.fullmatch(NAME, str(model)):
         raise InputError(
             f"{model} does not exist; give a model folder, a Hugging Face id such as nvidia/NAME, "
             f"or a shipped model: {', '.join(shipped())}"
@@ -65,13 +71,22 @@ def locate(model: str | Path) -> Path:
     return _download(str(model))
 
 
-def _download(name: str) -> Path:
+def config_alone(model: str | Path) -> Config:
+    """The dimensions of a model, of which nothing but `config.json` need be there; also of such a file itself."""
+    path = user_path(model)
+    if path.is_file():
+        return parse_config(read_json(path))
+    if not path.exists() and str(model) not in shipped() and re.fullmatch(NAME, str(model)):
+        return parse_config(read_json(_download(str(model), ["config.json"]) / "config.json"))
+    return parse_config(read_json(locate(model) / "config.json"))
+
+
+def _download(name: str, patterns: Sequence[str] = DOWNLOADED) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = ["config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(patterns)))
     except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
         first = str(error).strip().partition("\n")[0]
         raise InputError(f"{name} is neither a folder here nor to be had from Hugging Face: {first}") from None

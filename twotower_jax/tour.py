@@ -17,15 +17,18 @@ MODES = {
 NEW_TOKENS = 64
 
 
-def tour() -> dict[str, Any]:
+def tour(placement: tt.Placement | None = None) -> dict[str, Any]:
     """Generates the answers to the shipped model's sample prompts.
+
+    Args:
+      placement: the model's devices.
 
     Returns:
       "model", "seconds" and "compile_seconds" of all modes, and "modes": for each its "about", "exact_match",
       "tokens_per_forward" and "rows" of {"prompt", "text", "right"}.
     """
     folder = sources.locate(MODEL)
-    model, tokenizer = tt.load(MODEL), load_tokenizer(folder)
+    model, tokenizer = tt.load(MODEL, placement=placement), load_tokenizer(folder)
     samples = json.loads((folder / "samples.json").read_text(encoding="utf-8"))
     prompts = [tokenizer.encode(sample["prompt"], add_special_tokens=False).ids for sample in samples]
     eos = model.config.eos_token_ids

@@ -5,6 +5,7 @@ import jax
 
 from twotower_jax.config import ATTENTION, MAMBA, MLP, MOE, Config
 from twotower_jax.layers import attention, mamba, mlp, moe
+from twotower_jax.layers.embedding import embed
 from twotower_jax.layers.norm import rms_norm
 from twotower_jax.parameters import Parameter, declare, normal, prefixed
 from twotower_jax.state import LayerState, Span, TowerState
@@ -71,7 +72,7 @@ class Tower(nn.Module):
         self, tokens: jax.Array, state: TowerState, span: Span, modulation: jax.Array | None = None
     ) -> tuple[jax.Array, TowerState]:
         p = declare(self, _outer(self.config), self.config)
-        x = p["embeddings"][tokens]
+        x = embed(p["embeddings"], tokens, self.config)
         layers = []
         for i, kind in enumerate(self.config.pattern):
             layer = (nn.remat(Layer) if self.remat else Layer)(self.config, kind, name=f"layers_{i}")

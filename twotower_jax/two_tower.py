@@ -9,11 +9,11 @@ import jax.numpy as jnp
 
 from twotower_jax import tower
 from twotower_jax.config import Config
-from twotower_jax.layers import time_conditioning
+from twotower_jax.layers import attention, time_conditioning
 from twotower_jax.layers.linear import einsum
 from twotower_jax.layers.time_conditioning import TimeConditioning
 from twotower_jax.parameters import linear, normal, prefixed
-from twotower_jax.state import MambaState, Packing, Span, TowerState, empty_state
+from twotower_jax.state import KVCache, MambaState, Packing, Span, TowerState, empty_state
 from twotower_jax.tower import Tower
 
 PREFILL_TOKENS = 1024  # of all rows, that one pass of the context tower reads: longer prompts need no more memory
@@ -37,8 +37,8 @@ def describe(c: Config, two_towers: bool) -> dict:
 
 
 def dtype_of(params: dict) -> jnp.dtype:
-    """The dtype of the model's activations."""
-    return params["context"]["tower"]["embeddings"].dtype
+    """The dtype of the activations of the model, or of the tower that is there."""
+    return next(iter(params.values()))["tower"]["embeddings"].dtype
 
 
 def context_head(params: dict, hidden: jax.Array) -> jax.Array:
@@ -154,6 +154,45 @@ def prefill(
     with jax.named_scope("prefill"):
         (state, last), _ = jax.lax.scan(read, (state, last), _chunks(tokens, count))
     return last, state
+
+
+def caches(state: TowerState) -> TowerState:
+    """A state without its Mamba states."""
+    return TowerState(tuple(x if isinstance(x, KVCache) else None for x in state.layers), state.length)
+
+
+def with_mamba(news: TowerState, state: TowerState) -> TowerState:
+    """The Mamba states of a state, with `news` of its caches: all that must move to a denoiser on other devices."""
+    layers = zip(news.layers, state.layers, strict=True)
+    return TowerState(tuple(new if isinstance(new, KVCache) else old for new, old in layers), news.length)
+
+
+def news(state: TowerState, before: jax.Array, size: int) -> TowerState:
+    """The caches' positions since a row had read `before` (B,) tokens, at most `size` ago, without the Mamba states."""
+    with jax.named_scope("news"):
+        positions = before[:, None, None, None] + jnp.arange(size)[:, None]
+
+        def since(cache: jax.Array) -> jax.Array:
+            return jnp.take_along_axis(cache, positions, axis=2, mode="clip")
+
+        return jax.tree.map(
+            lambda x: KVCache(since(x.key), since(x.value)) if isinstance(x, KVCache) else x,
+            caches(state),
+            is_leaf=lambda x: isinstance(x, KVCache),
+        )
+
+
+def absorb(state: TowerState, changed: TowerState) -> TowerState:
+    """A denoiser's copy of the context's state, and what `with_mamba` has of it since."""
+    with jax.named_scope("absorb"):
+
+        def one(old, new):
+            if not isinstance(old, KVCache):
+                return new
+            span = Span(state.length, changed.length - state.length)
+            return attention.append(old, new.key.swapaxes(1, 2), new.value.swapaxes(1, 2), span)
+
+        return TowerState(tuple(map(one, state.layers, changed.layers)), changed.length)
 
 
 def context_logits(config: Config, params: dict, tokens: jax.Array, count: jax.Array, capacity: int) -> jax.Array:

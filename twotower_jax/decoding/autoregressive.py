@@ -1,115 +1,73 @@
 """One token a step: by the context tower (AR), or by the denoiser without time conditioning (mock-AR)."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from twotower_jax import two_tower
 from twotower_jax.config import Config
-from twotower_jax.decoding.sampling import Sampler, position_keys, row_keys
+from twotower_jax.decoding.progress import Progress, Request, nothing_written
+from twotower_jax.decoding.sampling import Sampler
 from twotower_jax.decoding.stopping import broken, holds
+from twotower_jax.decoding.vocabulary import Vocabulary
+from twotower_jax.layers.collectives import any_row
+from twotower_jax.state import TowerState
+
+
+def append(config: Config, sampler: Sampler, p: Progress, request: Request, logits: jax.Array) -> Progress:
+    """Draws the next token of every row from its logits (B, V)."""
+    vocabulary, logits = Vocabulary(config.shards.tensor), logits[:, None]
+    token = sampler.predict(logits, request.keys(p.unit, 1), vocabulary)
+    active = ~p.done
+    return p.add(token, active.astype(jnp.int32), active & broken(logits, vocabulary), holds(token, request.eos))
+
+
+def newest(p: Progress) -> jax.Array:
+    """The last token that each row drew, (B, 1)."""
+    return jax.lax.dynamic_slice_in_dim(p.tokens, p.unit - 1, 1, axis=1)
+
+
+def generate(config: Config, params: dict, sampler: Sampler, request: Request, *, capacity: int, room: int) -> Progress:
+    """The context tower alone, until every row has ended or `request.units` tokens are written; see `loop.generate`."""
+    hidden, state = two_tower.prefill(config, params, request.prompts, request.count, capacity)
+    p = nothing_written(request.count.shape[0], room)
+
+    def token(carry: tuple[TowerState, Progress]) -> tuple[TowerState, Progress]:
+        state, p = carry
+        hidden, state = two_tower.extend(config, params, state, newest(p), (~p.done).astype(jnp.int32))
+        return state, append(config, sampler, p, request, two_tower.context_head(params, hidden[:, 0]))
+
+    def more(carry: tuple[TowerState, Progress]) -> jax.Array:
+        return (carry[1].unit < request.units) & any_row(~carry[1].done, config)
+
+    first = append(config, sampler, p, request, two_tower.context_head(params, hidden))
+    return jax.lax.while_loop(more, token, (state, first))[1]
 
 
 @struct.dataclass
-class Progress:
-    """Rows between two tokens: tokens (B, n), of which `length` (B,) count; `logits` (B, V) are the next token's."""
+class MockAR:
+    """The denoiser reads the last token with the context from before it, and writes the next.
 
-    carry: Any
-    logits: jax.Array
-    tokens: jax.Array
-    index: jax.Array
-    length: jax.Array
-    done: jax.Array
-    failed: jax.Array
-
-
-def generate(
-    config: Config,
-    params: dict,
-    sampler: Sampler,
-    prompts: jax.Array,
-    count: jax.Array,
-    rows: jax.Array,
-    seed: jax.Array,
-    eos: jax.Array,
-    limit: jax.Array,
-    *,
-    capacity: int,
-    max_tokens: int,
-    mock: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Token after token, until every row has ended or `limit` are done; `diffusion.generate` has the arguments.
-
-    Returns:
-      tokens (B, max_tokens), how many of them count (B,), forwards (B,), whether a logit was not finite (B,).
+    Attributes:
+      sampler: how a token is predicted.
     """
-    start, step = (_mock_ar if mock else _ar)(config, params)
-    logits, carry = start(prompts, count, capacity)
-    keys = row_keys(seed, rows)
 
-    def append(p: Progress) -> Progress:
-        """Draws the next token of every row from its logits."""
-        draw = position_keys(keys, (count + p.index)[:, None])
-        token = sampler.predict(p.logits[:, None], draw)
-        failed = ~p.done & broken(p.logits[:, None])
-        written = ~p.done & ~failed
-        return p.replace(
-            tokens=jax.lax.dynamic_update_slice(p.tokens, token, (0, p.index)),
-            index=p.index + 1,
-            length=p.length + written,
-            done=p.done | failed | holds(token, eos),
-            failed=p.failed | failed,
-        )
+    sampler: Sampler
 
-    def one_token(p: Progress) -> Progress:
-        token = jax.lax.dynamic_slice_in_dim(p.tokens, p.index - 1, 1, axis=1)[:, 0]
-        logits, carry = step(p.carry, token, (~p.done).astype(jnp.int32))
-        return append(p.replace(carry=carry, logits=logits))
+    @property
+    def unit(self) -> int:
+        """New tokens that one call of `write` gives a row."""
+        return 1
 
-    none, no = jnp.zeros(prompts.shape[0], jnp.int32), jnp.zeros(prompts.shape[0], bool)
-    progress = Progress(
-        carry=carry,
-        logits=logits,
-        tokens=jnp.zeros((prompts.shape[0], max_tokens), jnp.int32),
-        index=jnp.zeros((), jnp.int32),
-        length=none,
-        done=no,
-        failed=no,
-    )
-    p = jax.lax.while_loop(lambda p: (p.index < limit) & ~p.done.all(), one_token, append(progress))
-    return p.tokens, p.length, p.length + p.failed, p.failed
+    def read_before(self, request: Request) -> jax.Array:
+        """How much of each prompt the context tower reads first (B,): all but the last token."""
+        return request.count - 1
 
-
-def _ar(config: Config, params: dict):
-    """The carry is the context's state after every token drawn but the last."""
-
-    def start(prompts, count, capacity):
-        hidden, state = two_tower.prefill(config, params, prompts, count, capacity)
-        return two_tower.context_head(params, hidden), state
-
-    def step(state, token, count):
-        hidden, state = two_tower.extend(config, params, state, token[:, None], count)
-        return two_tower.context_head(params, hidden[:, 0]), state
-
-    return start, step
-
-
-def _mock_ar(config: Config, params: dict):
-    """The denoiser reads the last token with the context from before it: the carry is (that state, the last token)."""
-
-    def predict(state, token):
-        return two_tower.denoise(config, params, state, token[:, None], t=None)[:, 0]
-
-    def start(prompts, count, capacity):
-        last = jnp.take_along_axis(prompts, count[:, None] - 1, axis=1)[:, 0]
-        _, state = two_tower.prefill(config, params, prompts, count - 1, capacity)
-        return predict(state, last), (state, last)
-
-    def step(carry, token, count):
-        state, last = carry
-        _, state = two_tower.extend(config, params, state, last[:, None], count)
-        return predict(state, token), (state, token)
-
-    return start, step
+    def write(
+        self, config: Config, params: dict, state: TowerState, p: Progress, request: Request
+    ) -> tuple[Progress, jax.Array]:
+        """The next token of every row; what the context tower reads next is the one before it (B, 1)."""
+        end = jnp.take_along_axis(request.prompts, request.count[:, None] - 1, axis=1)
+        last = jnp.where(p.unit == 0, end, newest(p))
+        logits = two_tower.denoise(config, params, state, last, t=None)[:, 0]
+        return append(config, self.sampler, p, request, logits), last

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from twotower_jax.decoding.vocabulary import ONE_DEVICE, Vocabulary
+
 
 def row_keys(seed: jax.Array, rows: jax.Array) -> jax.Array:
     """One key a row, (B,), from a seed and the rows' numbers (B,)."""
@@ -31,26 +33,20 @@ class Sampler:
     top_k: int | None = struct.field(pytree_node=False, default=None)
     greedy: bool = struct.field(pytree_node=False, default=False)
 
-    def predict(self, logits: jax.Array, keys: jax.Array) -> jax.Array:
+    def predict(self, logits: jax.Array, keys: jax.Array, vocabulary: Vocabulary = ONE_DEVICE) -> jax.Array:
         """logits (B, L, V) float32 and keys (B, L) -> tokens (B, L) int32."""
         if self.greedy:
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+            return vocabulary.argmax(logits)
         # From the top down, so that no temperature is too low for the quotient.
-        logits = self._restrict((logits - logits.max(-1, keepdims=True)) / self.temperature)
-        vocab = logits.shape[-1]
+        logits = self._restrict((logits - vocabulary.max(logits)) / self.temperature, vocabulary)
         # "high" spends enough bits that the noise's tail reaches the rare tokens of a large vocabulary.
-        noise = jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, (vocab,), jnp.float32, mode="high")))(keys)
-        return jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
+        shape = (vocabulary.size(logits),)
+        noise = jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, shape, jnp.float32, mode="high")))(keys)
+        return vocabulary.argmax(logits + vocabulary.own(noise))
 
-    def _restrict(self, logits: jax.Array) -> jax.Array:
-        if self.top_k is not None and self.top_k < logits.shape[-1]:
-            smallest = jax.lax.top_k(logits, self.top_k)[0][..., -1:]
-            logits = jnp.where(logits < smallest, -jnp.inf, logits)
+    def _restrict(self, logits: jax.Array, vocabulary: Vocabulary) -> jax.Array:
+        if self.top_k is not None and self.top_k < vocabulary.size(logits):
+            logits = jnp.where(logits < vocabulary.kth_largest(logits, self.top_k), -jnp.inf, logits)
         if self.top_p is not None:
-            ordered = jnp.sort(logits, axis=-1, descending=True)
-            probability = jax.nn.softmax(ordered, axis=-1)
-            before = jnp.cumsum(probability, axis=-1) - probability
-            kept = (before < self.top_p).at[..., 0].set(True)  # the first, however small top_p
-            smallest = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
-            logits = jnp.where(logits < smallest, -jnp.inf, logits)
+            logits = jnp.where(logits < vocabulary.smallest_in_nucleus(logits, self.top_p), -jnp.inf, logits)
         return logits

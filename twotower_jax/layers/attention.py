@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from twotower_jax.config import Config
+from twotower_jax.layers.collectives import tensor_sum
 from twotower_jax.layers.linear import apart, einsum
 from twotower_jax.parameters import Parameter, declare, linear, normal
 from twotower_jax.state import KVCache, Span
@@ -121,4 +122,4 @@ class Attention(nn.Module):
             state = append(state, key, value, span)
         else:
             state = KVCache(key=key.swapaxes(1, 2), value=value.swapaxes(1, 2))
-        return einsum("ble,ed->bld", y, p["out"]), state
+        return tensor_sum(einsum("ble,ed->bld", y, p["out"], out=jnp.float32), c).astype(x.dtype), state

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from twotower_jax.config import Config
+from twotower_jax.layers.collectives import tensor_index, tensor_sum
 from twotower_jax.layers.linear import einsum
 from twotower_jax.layers.norm import rms_norm
 from twotower_jax.layers.ssm import packed_scan, selective_scan
@@ -117,11 +118,23 @@ class Mamba(nn.Module):
         else:
             y, ssm = _scan_documents(values, dt, a, b, keys, span.packing)
         y = (y + p["skip"][:, None] * values).reshape(rows, length, c.mamba_width)
-        y = rms_norm(y * nn.silu(z.astype(jnp.float32)), p["norm"], c.norm_eps, groups=c.mamba_groups)
-        y = einsum("ble,ed->bld", y.astype(x.dtype), p["out_proj"])
+        gated = y * nn.silu(z.astype(jnp.float32))
+        y = rms_norm(gated, p["norm"], c.norm_eps, c.mamba_groups, lambda means: _of_groups(means, c)).astype(x.dtype)
+        y = tensor_sum(einsum("ble,ed->bld", y, p["out_proj"], out=jnp.float32), c).astype(x.dtype)
         if span.packing is not None:
             tail, ssm = (z_.reshape(-1, *z_.shape[2:]) for z_ in (tail, ssm))
         return y, MambaState(conv=tail, ssm=ssm)
+
+
+def _of_groups(means: jax.Array, c: Config) -> jax.Array:
+    """The groups' means for each of a device's runs of heads (..., G), some of which are parts of a group."""
+    shards, runs = c.shards.tensor, c.mamba_groups
+    if shards == 1 or c.whole.mamba_groups == shards * runs:
+        return means
+    groups = c.whole.mamba_groups
+    own = (tensor_index(c) * runs + jnp.arange(runs)) * groups // (runs * shards)
+    sums = jnp.zeros((*means.shape[:-1], groups), jnp.float32).at[..., own].add(means)
+    return (tensor_sum(sums, c) * (groups / (runs * shards)))[..., own]
 
 
 def _scan_documents(x, dt, a, b, c, packing: Packing):

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from twotower_jax.config import Config
+from twotower_jax.layers.collectives import tensor_sum
 from twotower_jax.layers.linear import einsum
 from twotower_jax.parameters import Parameter, declare, linear, normal
 from twotower_jax.state import Span
@@ -23,8 +24,8 @@ def relu2(x: jax.Array) -> jax.Array:
 
 
 def mlp(x: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
-    """x (..., D), up (D, F), down (F, D) -> (..., D)."""
-    return einsum("...f,fd->...d", relu2(einsum("...d,df->...f", x, up)), down)
+    """x (..., D), up (D, F), down (F, D) -> (..., D) float32."""
+    return einsum("...f,fd->...d", relu2(einsum("...d,df->...f", x, up)), down, out=jnp.float32)
 
 
 class MLP(nn.Module):
@@ -35,4 +36,4 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, state: None, span: Span) -> tuple[jax.Array, None]:
         p = declare(self, describe(self.config), self.config)
-        return mlp(x, p["up"], p["down"]), None
+        return tensor_sum(mlp(x, p["up"], p["down"]), self.config).astype(x.dtype), None

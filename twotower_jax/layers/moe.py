@@ -1,4 +1,4 @@
-"""The mixture of experts: a sigmoid router with group-limited choice, routed experts, a shared one. Drops no token."""
+"""The mixture of experts: a sigmoid router with group-limited choice, routed experts, a shared one."""
 
 import flax.linen as nn
 import jax
@@ -6,21 +6,18 @@ import jax.numpy as jnp
 
 from twotower_jax.config import Config
 from twotower_jax.layers import mlp
-from twotower_jax.layers.linear import apart, einsum
+from twotower_jax.layers.collectives import tensor_sum
+from twotower_jax.layers.expert_parallel import routed_over_devices
+from twotower_jax.layers.linear import einsum
 from twotower_jax.parameters import Parameter, declare, linear, normal
 from twotower_jax.state import ExpertLoad, Span
-
-# Up to here one product over all experts; beyond it its (E, tokens, F) activations would take too much memory.
-TOKENS_AT_ONCE = 1024
-
-TILE = 128  # tokens of one expert that a CPU multiplies together
 
 
 def describe(c: Config) -> dict[str, Parameter]:
     weights = normal(c.initializer_range)
     return {
-        "router": linear("hidden", "experts", "gate.weight", weights, float32=True),
-        "correction": Parameter(("experts",), "gate.e_score_correction_bias", init=nn.initializers.zeros, float32=True),
+        "router": linear("hidden", "routes", "gate.weight", weights, float32=True),
+        "correction": Parameter(("routes",), "gate.e_score_correction_bias", init=nn.initializers.zeros, float32=True),
         "up": Parameter(("experts", "hidden", "expert_width"), "experts.{}.up_proj.weight", "linear", weights),
         "down": Parameter(("experts", "expert_width", "hidden"), "experts.{}.down_proj.weight", "linear", weights),
         "shared_up": linear("hidden", "shared_width", "shared_experts.up_proj.weight", weights),
@@ -58,70 +55,6 @@ def route(x: jax.Array, router: jax.Array, correction: jax.Array, c: Config) -> 
     return experts, weights * c.routed_scale
 
 
-def routed(x: jax.Array, experts: jax.Array, weights: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
-    """The weighted sum of the chosen experts' outputs, by the way that moves the fewest bytes for so many tokens.
-
-    Args:
-      x: (tokens, D).
-      experts: (tokens, k) int32.
-      weights: (tokens, k) float32.
-      up: (E, D, F).
-      down: (E, F, D).
-
-    Returns:
-      (tokens, D) float32.
-    """
-    x = apart(x)
-    tokens, total = x.shape[0], up.shape[0]
-    if 3 * experts.size <= total:  # a picked expert is read, written and read again
-        return _picked(x, experts, weights, up, down)
-    if tokens > TOKENS_AT_ONCE and jax.default_backend() == "cpu":
-        return _in_tiles(x, experts, weights, up, down)
-    spread = jnp.zeros((tokens, total)).at[jnp.arange(tokens)[:, None], experts].set(weights)
-    return (_together if tokens <= TOKENS_AT_ONCE else _in_turn)(x, spread, up, down)
-
-
-def _picked(x, experts, weights, up, down):
-    """The chosen experts alone; weights (tokens, k)."""
-    hidden = mlp.relu2(einsum("td,tkdf->tkf", x, up[experts], out=jnp.float32)) * weights[..., None]
-    return einsum("tkf,tkfd->td", hidden.astype(x.dtype), down[experts], out=jnp.float32)
-
-
-def _together(x, weights, up, down):
-    """All experts in one product; weights (tokens, E), 0 for those not chosen."""
-    hidden = mlp.relu2(einsum("td,edf->etf", x, up))  # this order of letters lets the weights lie as they are
-    hidden *= weights.T[..., None].astype(x.dtype)
-    return einsum("etf,efd->td", hidden, down, out=jnp.float32)
-
-
-def _in_turn(x, weights, up, down):
-    """All experts, one after the other; weights (tokens, E)."""
-
-    def add(total, expert):
-        up, down, weight = expert
-        out = einsum("tf,fd->td", mlp.relu2(einsum("td,df->tf", x, up)), down, out=jnp.float32)
-        return total + weight[:, None] * out, None
-
-    return jax.lax.scan(add, jnp.zeros(x.shape, jnp.float32), (up, down, weights.T))[0]
-
-
-def _in_tiles(x, experts, weights, up, down):
-    """The chosen experts alone, for many tokens: sorted by expert, in tiles of one expert each; weights (tokens, k)."""
-    (tokens, chosen), total = experts.shape, up.shape[0]
-    count = tokens * chosen // TILE + total  # as many as are needed when every expert's last tile is nearly empty
-    expert, order = jax.lax.sort_key_val(experts.reshape(-1), jnp.arange(tokens * chosen))
-    load = jnp.zeros(total, jnp.int32).at[expert].add(1)
-    tiles = -(-load // TILE)
-    ends = jnp.cumsum(tiles)
-    place = (ends - tiles)[expert] * TILE + jnp.arange(tokens * chosen) - (jnp.cumsum(load) - load)[expert]
-    owner = jnp.minimum(jnp.searchsorted(ends, jnp.arange(count), side="right"), total - 1)
-    tiled = jnp.zeros((count * TILE, x.shape[1]), x.dtype).at[place].set(x[order // chosen], unique_indices=True)
-    hidden = mlp.relu2(einsum("ntd,ndf->ntf", tiled.reshape(count, TILE, -1), up[owner]))
-    out = einsum("ntf,nfd->ntd", hidden, down[owner], out=jnp.float32).reshape(count * TILE, -1)
-    out = out[place] * weights.reshape(-1)[order][:, None]
-    return jnp.zeros(x.shape, jnp.float32).at[order // chosen].add(out)
-
-
 class MoE(nn.Module):
     """x (B, L, D), None, Span -> y (B, L, D), None or the experts' load."""
 
@@ -132,8 +65,8 @@ class MoE(nn.Module):
         p = declare(self, describe(self.config), self.config)
         tokens = x.reshape(-1, x.shape[-1])
         experts, weights = route(tokens, p["router"], p["correction"], self.config)
-        y = routed(tokens, experts, weights, p["up"], p["down"])
-        y += mlp.mlp(tokens, p["shared_up"], p["shared_down"])
+        y = routed_over_devices(tokens, experts, weights, p["up"], p["down"], self.config)
+        y = tensor_sum(y + mlp.mlp(tokens, p["shared_up"], p["shared_down"]), self.config)
         load = None
         if span.count_experts:
             real = span.real(x.shape[1]).reshape(-1, 1).astype(jnp.int32)

@@ -14,7 +14,7 @@ from twotower_jax.errors import InputError
 AXIS = "data"
 
 
-class Placement:
+class AllDevices:
     """All devices, of all processes, in one axis.
 
     Attributes:

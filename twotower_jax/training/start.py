@@ -21,7 +21,7 @@ from twotower_jax.publishing import published
 from twotower_jax.tokenizer import load_tokenizer
 from twotower_jax.training.config import TrainingConfig
 from twotower_jax.training.data import Documents
-from twotower_jax.training.sharding import Placement, of_first_process, whole
+from twotower_jax.training.sharding import AllDevices, of_first_process, whole
 
 BYTES = Path(__file__).parent / "bytes"  # a tokenizer in which a byte is the id `byte + 4`
 
@@ -90,7 +90,7 @@ class Start:
         )
         self.tokenizer_fingerprint = zlib.crc32(self._tokenizer_file.read_bytes())
         self.fingerprint = zlib.crc32(np.ascontiguousarray(self._source.read(("context", "tower", "embeddings"))))
-        self.placement = Placement(jax.devices(), c.data.rows, c.accumulate)
+        self.placement = AllDevices(jax.devices(), c.data.rows, c.accumulate)
         dtype = inputs.dtype(c.dtype)
         description = two_tower.describe(self.config, c.objective != "ar")
         part = description["context" if c.objective == "ar" else "denoiser"]

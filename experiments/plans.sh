@@ -1,0 +1,18 @@
+#!/bin/sh
+# The released model on devices to rent: results/plan-*.json. Needs, for the first two, pip install ".[cuda]"; for the
+# others, in an environment of its own, ".[tpu]".
+#
+#     sh experiments/plans.sh cuda|tpu
+set -e
+config=tests/data/released/config.json
+out=experiments/results
+plan() {
+    file="$out/plan-$(echo "$*" | sed 's/--largest//' | tr -cd 'a-z0-9 ' | xargs | tr ' ' '-').json"
+    twotower plan "$config" --context 8192 --json --devices "$@" > "$file.new"
+    mv "$file.new" "$file"
+}
+case "$1" in
+cuda) plan h100x2 --rows 32 --largest; plan h200x1 --rows 32 --largest; plan h200x2 --rows 64 --largest ;;
+tpu) plan v5e:4x4 --rows 32; plan v6e:2x4 --rows 32 ;;
+*) echo "sh experiments/plans.sh cuda|tpu" >&2; exit 2 ;;
+esac

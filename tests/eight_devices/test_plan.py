@@ -1,0 +1,66 @@
+"""A plan's numbers against what a model on the same devices has."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import DATA
+
+import twotower_jax as tt
+from twotower_jax.placement import place
+from twotower_jax.plan import Wish, plan
+from twotower_jax.plan_report import table
+
+
+def wish(rows=4, mode="diffusion", context=64):
+    return Wish(mode, rows, context, new_tokens=32, block_size=16, dtype=np.dtype(jnp.float32))
+
+
+def load(*where):
+    return tt.load(DATA / "tiny-0", dtype="float32", placement=tt.Placement(*where))
+
+
+def held(params):
+    """Bytes on one device."""
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(params))
+
+
+@pytest.fixture(scope="module")
+def divided():
+    """Two towers of four devices each."""
+    return load(range(4), range(4, 8), {"expert": 2, "tensor": 2})
+
+
+def test_towers_apart(divided):
+    found = plan(divided.config, divided.towers, wish())
+    for name in "context", "denoiser":
+        assert found.parameters[name] == held(divided.params[name])
+        assert found.needed[name] > found.parameters[name] + found.states[name]
+    c = divided.config
+    assert found.moved["caches"] == c.pattern.count("*") * 2 * 16 * c.kv_heads * c.head_dim * 4 + 4
+    ssm, conv = c.mamba_width * c.state_size, (c.conv_kernel - 1) * c.conv_channels
+    assert found.moved["mamba"] == c.pattern.count("M") * 4 * (ssm + conv)
+    for programs in found.programs.values():
+        for program in programs.values():
+            # a layer's experts, gathered, would be 8 * 64 * 48 floats; a position's logits 128
+            assert all(size < 100_000 for _, size in program.collectives.values())
+    assert "moved between towers for each block of a row" in table(found, 10**9)
+
+
+def test_vocabulary_is_not_gathered(divided):
+    """Per position go a few numbers for the token, whatever the vocabulary's size; in AR, where little else goes."""
+    sizes = []
+    for vocab in (128, 4096):
+        config = dataclasses.replace(divided.config, vocab_size=vocab)
+        towers = place(tt.Placement(range(8), range(8), {"tensor": 4, "data": 2}), config, two_towers=True)
+        sizes.append(plan(config, towers, wish(mode="ar")).programs["context"]["generate"].collectives)
+    assert sizes[0] == sizes[1] != {}
+
+
+def test_towers_together():
+    model = load([0], [0])
+    found = plan(model.config, model.towers, wish())
+    assert found.parameters == {"both": held(model.params)}
+    assert list(found.programs["both"]) == ["generate"]

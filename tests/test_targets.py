@@ -1,0 +1,66 @@
+"""Devices that are not there."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import DATA
+
+import twotower_jax as tt
+from twotower_jax.targets import target
+
+
+@pytest.mark.parametrize(
+    "text", ["", "h100", "h100x0", "h300x2", "v5e:0x4", "v5e:4", "v9:2x2", "h100x2x2", "v5e:2x2x2x2"]
+)
+def test_unknown_devices(text):
+    with pytest.raises(tt.InputError, match="known are h100xN, h200xN, v4:NxN"):
+        target(text)
+
+
+def run(*options):
+    command = [sys.executable, "-m", "twotower_jax.cli", "plan", *options]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_plan():
+    """By the real compiler, or by the CPU's, which is said then."""
+    done = run(
+        str(DATA / "tiny-0"),
+        "--devices",
+        "h100x2",
+        "--rows",
+        "4",
+        "--context",
+        "64",
+        "--max-new-tokens",
+        "32",
+        "--json",
+    )
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    stands_in = not (importlib.util.find_spec("jax_cuda13_plugin") or importlib.util.find_spec("jax_cuda12_plugin"))
+    assert ("compiled for CPU devices instead" in plan["note"]) == stands_in
+    assert ("compiled for CPU devices instead" in done.stderr) == stands_in
+    assert list(plan["programs"]["context"]) == ["prefill", "read"]
+    assert list(plan["programs"]["denoiser"]) == ["receive", "write", "absorb"]
+    assert plan["needed"]["context"] > plan["parameters"]["context"] > 10**5
+    assert "context: prefill, compiled in" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([str(DATA / "tiny-0"), "--devices", "h100x2", "--rows", "0"], "--rows"),
+        ([str(DATA / "tiny-0"), "--devices", "h100x2", "--context", "64"], "--max-new-tokens"),
+        ([str(DATA / "tiny-0"), "--devices", "h100x2", "--mesh", "expert=3"], "mesh expert=3 is of 3 devices"),
+        (["nowhere", "--devices", "h100x2"], "nowhere does not exist"),
+    ],
+)
+def test_bad_plans(options, message):
+    done = run(*options)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,57 @@
+"""What a compiled program's text tells: the collectives in it, and arrays as large as an expert's weights."""
+
+import math
+import re
+from collections.abc import Collection, Iterator
+
+COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "ragged-all-to-all", "reduce-scatter")
+BITS = {"pred": 8, "s4": 4, "u4": 4, "s64": 64, "u64": 64, "c64": 64, "c128": 128}
+
+# Operations whose result is no new array.
+IN_PLACE = ("parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "opt-barrier")
+
+INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.-]+ = (\(.*?\)|\S+) ([\w-]+)\(", re.MULTILINE)
+SHAPE = re.compile(r"\b([a-z]+[0-9a-z]*)\[([\d,]*)\]")
+
+
+def _shapes(text: str) -> list[tuple[str, tuple[int, ...]]]:
+    return [(dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims in SHAPE.findall(text)]
+
+
+def _bytes(dtype: str, dims: tuple[int, ...]) -> int:
+    bits = BITS.get(dtype) or int(re.search(r"\d+", dtype)[0])
+    return math.prod(dims) * bits // 8
+
+
+def _instructions(text: str) -> Iterator[tuple[str, str]]:
+    """Result types and operations that have memory of their own: not those inside fusions."""
+    fused = set(re.findall(r"\bfusion\(.*?calls=%?([\w.-]+)", text))
+    for block in re.split(r"\n(?=(?:ENTRY )?%?[\w.-]+ [^\n]*\{\n)", text):
+        name = re.match(r"(?:ENTRY )?%?([\w.-]+)", block.strip())
+        if name is None or name[1] not in fused:
+            yield from INSTRUCTION.findall(block)
+
+
+def collectives(text: str) -> dict[str, tuple[int, int]]:
+    """Of each kind: how many stand in the program, and the bytes that they give a device, each run once."""
+    found: dict[str, tuple[int, int]] = {}
+    for result, operation in _instructions(text):
+        kind = operation.removesuffix("-start")
+        if kind in COLLECTIVES:
+            sizes = [_bytes(*shape) for shape in _shapes(result)]
+            # A start's result holds its operand too.
+            size = max(sizes, default=0) if operation.endswith("-start") else sum(sizes)
+            count, total = found.get(kind, (0, 0))
+            found[kind] = (count + 1, total + size)
+    return found
+
+
+def new_arrays(text: str, sizes: Collection[int]) -> list[str]:
+    """Operations that make an array of as many elements as one of `sizes`, and its type: weights copied or gathered."""
+    return [
+        f"{operation} {dtype}[{','.join(map(str, dims))}]"
+        for result, operation in _instructions(text)
+        if operation not in IN_PLACE and not operation.endswith("-done")
+        for dtype, dims in _shapes(result)
+        if math.prod(dims) in sizes
+    ]

@@ -1,0 +1,109 @@
+"""What a decoder asks of logits, of which each device of the axis `tensor` may hold a part of the vocabulary.
+
+No device sees them all: between devices go a few numbers for each position.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """A vocabulary over `shards` devices; logits are (..., V), V being what one device holds."""
+
+    shards: int = 1
+
+    def ids(self, logits: jax.Array) -> jax.Array:
+        """The token ids of the logits, (V,)."""
+        return self._first(logits) + jnp.arange(logits.shape[-1])
+
+    def _first(self, logits: jax.Array) -> jax.Array | int:
+        return jax.lax.axis_index("tensor") * logits.shape[-1] if self.shards > 1 else 0
+
+    def _all(self, x: jax.Array) -> jax.Array:
+        """Every device's x, (shards, ...)."""
+        return jax.lax.all_gather(x, "tensor") if self.shards > 1 else x[None]
+
+    def own(self, whole: jax.Array) -> jax.Array:
+        """A device's part of something that every device has for the whole vocabulary, (..., all)."""
+        if self.shards == 1:
+            return whole
+        size = whole.shape[-1] // self.shards
+        return jax.lax.dynamic_slice_in_dim(whole, jax.lax.axis_index("tensor") * size, size, axis=-1)
+
+    def size(self, logits: jax.Array) -> int:
+        """Of the whole vocabulary."""
+        return self.shards * logits.shape[-1]
+
+    def argmax(self, logits: jax.Array) -> jax.Array:
+        """The id of the largest, the lowest among equals: (...) int32."""
+        best = jnp.argmax(logits, axis=-1)
+        value = self._all(jnp.take_along_axis(logits, best[..., None], axis=-1)[..., 0])
+        best = self._all((best + self._first(logits)).astype(jnp.int32))
+        return jnp.take_along_axis(best, jnp.argmax(value, axis=0)[None], axis=0)[0]
+
+    def max(self, logits: jax.Array) -> jax.Array:
+        """The largest, (..., 1)."""
+        return self._all(logits.max(-1, keepdims=True)).max(0)
+
+    def sum(self, x: jax.Array) -> jax.Array:
+        """Of (..., V) over the vocabulary: (..., 1)."""
+        total = x.sum(-1, keepdims=True)
+        return jax.lax.psum(total, "tensor") if self.shards > 1 else total
+
+    def any(self, flags: jax.Array) -> jax.Array:
+        """Whether a flag (..., V) is set for any token, (...) bool."""
+        return self._all(flags.any(-1)).any(0)
+
+    def at(self, logits: jax.Array, token: jax.Array) -> jax.Array:
+        """The logits of tokens (...): (...)."""
+        place = token - self._first(logits)
+        here = (place >= 0) & (place < logits.shape[-1])
+        value = jnp.take_along_axis(logits, jnp.where(here, place, 0)[..., None], axis=-1)[..., 0]
+        return self._all(jnp.where(here, value, -jnp.inf)).max(0)
+
+    def probability(self, logits: jax.Array, token: jax.Array) -> jax.Array:
+        """Of tokens (...) under softmax(logits): (...) float32."""
+        top = self.max(logits)
+        return jnp.exp(self.at(logits, token) - top[..., 0]) / self.sum(jnp.exp(logits - top))[..., 0]
+
+    def kth_largest(self, logits: jax.Array, k: int) -> jax.Array:
+        """(..., 1)."""
+        best = jax.lax.top_k(logits, min(k, logits.shape[-1]))[0]
+        best = jnp.moveaxis(self._all(best), 0, -2).reshape(*best.shape[:-1], -1)
+        return jax.lax.top_k(best, k)[0][..., -1:]
+
+    def smallest_in_nucleus(self, logits: jax.Array, mass: jax.Array) -> jax.Array:
+        """The least logit among the most probable tokens that come before `mass` is full, the first always: (..., 1).
+
+        Found by halving, between floats as whole numbers in their order, so that nothing need be sorted.
+        """
+        probability = jnp.exp(logits - self.max(logits))
+        wanted = mass * self.sum(probability)
+        order = _as_ordered(logits)
+
+        def kept(bound):
+            """Whether a token at the bound would be kept: those above it do not fill the mass."""
+            return self.sum(jnp.where(order > bound, probability, 0)) < wanted
+
+        def halve(_, ends):
+            low, high = ends  # low is not kept, high is
+            middle = (low & high) + ((low ^ high) >> 1)
+            keep = kept(middle)
+            return jnp.where(keep, low, middle), jnp.where(keep, middle, high)
+
+        high = _as_ordered(self.max(logits))
+        low = jnp.full_like(high, jnp.iinfo(jnp.int32).min)
+        bound = jax.lax.fori_loop(0, 32, halve, (low, high))[1]
+        return -self.max(jnp.where(order >= bound, -logits, -jnp.inf))
+
+
+ONE_DEVICE = Vocabulary()
+
+
+def _as_ordered(x: jax.Array) -> jax.Array:
+    """float32 as int32 in the same order."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)

@@ -1,0 +1,103 @@
+"""Devices that are not there, to compile for: TPU slices by libtpu, Hopper GPUs by JAX's CUDA plugin."""
+
+import contextlib
+import dataclasses
+import importlib.util
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from twotower_jax.errors import InputError
+
+GIB = 2**30
+TPU_MEMORY = {"v4": 32 * GIB, "v5e": 16 * GIB, "v5p": 95 * GIB, "v6e": 32 * GIB}
+GPUS = {
+    "h100": {"name": "NVIDIA H100 80GB HBM3", "bandwidth": 3_350_000_000_000, "memory": 85_000_000_000},
+    "h200": {"name": "NVIDIA H200", "bandwidth": 4_800_000_000_000, "memory": 149_000_000_000},
+}
+HOPPER = """gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
+  block_dim_limit_z: 65535 memory_bandwidth: {bandwidth} l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: {memory} shared_memory_per_block_optin: 232448 registers_per_core_limit: 65536
+  registers_per_block_limit: 65536 cuda_compute_capability {{ major: 9 minor: 0 }} }}
+platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 patch: 0 }} device_description_str: "{name}"
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What is compiled for.
+
+    Attributes:
+      devices: descriptions of the devices, which can compile and nothing else.
+      memory: bytes of each.
+      note: empty, or why these are not the devices that were asked for.
+    """
+
+    devices: Sequence[Any]
+    memory: int
+    note: str = ""
+
+
+def target(text: str) -> Target:
+    """The devices that `h100x2`, `h200x1` or a TPU slice such as `v5e:4x4` names.
+
+    Where the package that knows them is not installed, as many CPU devices stand in: parameters and states are of the
+    same bytes then, temporaries and collectives are a CPU's. Call it before JAX has looked for devices.
+
+    Raises:
+      InputError: there are no such devices.
+    """
+    gpu = re.fullmatch(r"(\w+)x([1-9]\d{0,3})", text)
+    tpu = re.fullmatch(r"(\w+):([1-9]\d*(?:x[1-9]\d*){1,2})", text)
+    if gpu and gpu[1] in GPUS:
+        return _gpus(gpu[1], int(gpu[2]))
+    if tpu and tpu[1] in TPU_MEMORY:
+        return _tpus(text, tpu[1], tpu[2])
+    kinds = [f"{kind}xN" for kind in GPUS] + [f"{kind}:NxN" for kind in TPU_MEMORY]
+    raise InputError(f"--devices {text}: known are {', '.join(kinds)}, such as h100x2 or v5e:4x4")
+
+
+def _gpus(kind: str, count: int) -> Target:
+    if not (importlib.util.find_spec("jax_cuda13_plugin") or importlib.util.find_spec("jax_cuda12_plugin")):
+        return _stand_ins(count, GPUS[kind]["memory"], 'JAX\'s CUDA plugin is not installed (pip install ".[cuda]")')
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # it would look for a driver
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology_name=kind, topology=f"1x1x{count}", target_config=HOPPER.format(**GPUS[kind])
+    )
+    return Target(topology.devices, GPUS[kind]["memory"])
+
+
+def _tpus(text: str, kind: str, shape: str) -> Target:
+    count = 1
+    for size in shape.split("x"):
+        count *= int(size)
+    if not importlib.util.find_spec("libtpu"):
+        return _stand_ins(count, TPU_MEMORY[kind], 'libtpu is not installed (pip install ".[tpu]")')
+    for name, value in {
+        "TPU_SKIP_MDS_QUERY": "1",  # there is no cloud machine to ask
+        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+    }.items():
+        os.environ.setdefault(name, value)
+    try:
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=text)
+    except Exception as error:  # libtpu's, of no class of its own
+        first = str(error).strip().partition("\n")[0]
+        raise InputError(f"--devices {text}: libtpu knows no such slice: {first}") from None
+    return Target(topology.devices, TPU_MEMORY[kind])
+
+
+def _stand_ins(count: int, memory: int, why: str) -> Target:
+    with contextlib.suppress(RuntimeError):  # if there are devices already
+        jax.config.update("jax_num_cpu_devices", count)
+    devices = jax.devices("cpu")
+    if len(devices) < count:
+        raise InputError(f"{why}, and only {len(devices)} of {count} CPU devices are there to stand in")
+    note = f"{why}: compiled for CPU devices instead, of which temporaries and collectives are not the target's"
+    return Target(devices[:count], memory, note)
