@@ -10,7 +10,7 @@ from conftest import byte_ids, golden_of, load
 
 import twotower_jax as tt
 from twotower_jax import memory
-from twotower_jax.model import bucket
+from twotower_jax.generation import bucket
 
 LATER = pytest.mark.slow  # mock-AR runs the loop that diffusion runs, and appends tokens as AR does
 MODES = ["generate_mask_diffusion", "generate_ar", pytest.param("generate_mock_ar", marks=LATER)]

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import DATA, load
@@ -11,20 +13,25 @@ from conftest import DATA, load
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [4]]
 
 
-def together(port, *options):
-    """What `generate` of two processes says: the first one's output, and both processes' exit statuses."""
+def start(port, *options, second=()):
+    """`generate` in two processes; the second has other options."""
     command = [sys.executable, "-m", "twotower_jax.cli", "generate", str(DATA / "tiny-0"), "--dtype", "float32"]
     for prompt in PROMPTS:
         command += ["--ids", ",".join(map(str, prompt))]
     command += ["--max-new-tokens", "20", "--json", "--coordinator", f"localhost:{port}", "--processes", "2", *options]
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
-    jobs = [subprocess.Popen([*command, "--process", str(i)], **pipes) for i in range(2)]
+    return [subprocess.Popen([*command, *more], **pipes) for more in (["--process", "0"], ["--process", "1", *second])]
+
+
+def ends(jobs):
+    """What they say, and their exit statuses."""
     try:
         said = [job.communicate(timeout=240) for job in jobs]
     finally:
         for job in jobs:
             job.kill()
+    assert "Traceback" not in said[0][1] + said[1][1]
     return said, [job.returncode for job in jobs]
 
 
@@ -38,19 +45,50 @@ def together(port, *options):
     ],
 )
 def test_tokens_of_one_device(where, free_port):
-    said, statuses = together(free_port, *where)
+    said, statuses = ends(start(free_port, *where))
     assert statuses == [0, 0], said[0][1][-3000:]
-    (first,) = [line for line in said[0][0].splitlines() if line.startswith("{")]
-    assert not [line for line in said[1][0].splitlines() if line.startswith("{")]  # one process speaks
+    assert said[1][0] == ""  # one process speaks, of the result alone
     expected = load("tiny-0").generate_mask_diffusion(PROMPTS, 20)
-    rows = json.loads(first)["rows"]
+    rows = json.loads(said[0][0])["rows"]
     assert [row["tokens"] for row in rows] == expected.tokens
     assert [row["forwards"] for row in rows] == expected.forwards
 
 
 def test_a_process_without_a_device(free_port):
-    said, statuses = together(free_port, "--context-devices", "0", "--denoiser-devices", "1")
+    said, statuses = ends(start(free_port, "--context-devices", "0", "--denoiser-devices", "1"))
     assert statuses == [2, 2]
     for _, error in said:
         assert "process 1 has none of the towers' devices; give each process some, or start fewer" in error
-        assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("second", "first_says", "second_says"),
+    [
+        (
+            ["--mesh", "tensor=2"],
+            "process 1 was told something else than process 0",
+            "process 1 was told something else",
+        ),
+        (["--prompt-file", "/nowhere"], "process 1 was refused; it says why", "cannot read /nowhere"),
+    ],
+)
+def test_processes_that_disagree(free_port, second, first_says, second_says):
+    """All end with a line, where some would wait for ever."""
+    said, statuses = ends(start(free_port, second=second))
+    assert statuses == [2, 2]
+    assert first_says in said[0][1]
+    assert second_says in said[1][1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_process_that_ends(free_port, number):
+    """One that is told to leave does; the other says that it is gone."""
+    jobs = start(free_port, "--mode", "mock-ar", "--max-new-tokens", "20000", "--eos-token-id", "none")
+    time.sleep(30)
+    assert [job.poll() for job in jobs] == [None, None]
+    jobs[1].send_signal(number)
+    said, statuses = ends(jobs)
+    assert statuses[0] != 0
+    assert "twotower: the devices gave up" in said[0][1] or statuses[0] < 0
+    assert statuses[1] == (130 if number == signal.SIGTERM else -number)

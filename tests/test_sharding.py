@@ -99,6 +99,9 @@ FOUR = [SimpleNamespace(process_index=0) for _ in range(4)]
         (Placement([0, 1], [2, 3], {"data": 1}), "mesh data=1 is of 1 devices, but a tower has 2"),
         (Placement([0, 1], [2, 3], {"rows": 2}), "mesh axis 'rows' is unknown; known are data, expert, tensor"),
         (Placement([0, 1], [2, 3], {"tensor": 0}), "mesh tensor=0: give a whole number of 1 or more"),
+        (Placement([0, 1], [2, 3], "expert=2"), "a mesh is given as"),
+        (Placement(0, 1), "devices are given as a list of numbers"),
+        ({"context_devices": [0]}, "placement must be a tt.Placement"),
     ],
 )
 def test_bad_wishes(wish, message):

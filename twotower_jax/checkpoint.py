@@ -197,6 +197,7 @@ def _checked_contents(folder: Path) -> dict[str, Any]:
     contents = read_json(folder / CONTENTS)
     kinds = {"two_towers": bool, "odd_dtypes": dict, "files": dict, "checksums": dict}
     right = isinstance(contents, dict) and all(isinstance(contents.get(name), kinds[name]) for name in kinds)
+    right = right and all(isinstance(found, list) for found in contents["checksums"].values())
     if not right or any(dtype not in ODD_DTYPES for dtype in contents["odd_dtypes"].values()):
         raise InputError(f"{folder / CONTENTS} must hold {', '.join(kinds)}, as convert writes it; convert again")
     found = _sizes(folder / PARAMS)

@@ -42,7 +42,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         print("twotower: interrupted", file=sys.stderr)
-        return 130
+        return _leave(130)
+    except RuntimeError as error:
+        if not _of_devices(error):
+            raise
+        print(f"twotower: the devices gave up: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+        return _leave(1)
+
+
+def _of_devices(error: RuntimeError) -> bool:
+    """Whether XLA says it: memory that ran out, another process that has ended."""
+    import jax
+
+    return isinstance(error, jax.errors.JaxRuntimeError)
+
+
+def _leave(status: int) -> int:
+    """The exit status. In a job of several processes, at once: JAX would wait for the others, and speak of them."""
+    from twotower_jax import distributed
+
+    if distributed.joined():
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -203,8 +225,10 @@ def _placement(args: argparse.Namespace):
 
 def _demo(args: argparse.Namespace) -> int:
     """A tour of about a minute: the shipped model answers the same prompts in each mode."""
+    from twotower_jax.programs import keep_between_runs
     from twotower_jax.tour import tour
 
+    keep_between_runs()
     result = tour(_placement(args))
     if args.json:
         print(json.dumps(result))
@@ -220,6 +244,8 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _train(args: argparse.Namespace) -> int:
     """Train a backbone, or a denoiser for one; a run that was stopped goes on where it was."""
+    import jax
+
     from twotower_jax import distributed, sources
     from twotower_jax.training.config import read_training_config
     from twotower_jax.training.loop import run
@@ -228,7 +254,7 @@ def _train(args: argparse.Namespace) -> int:
     config = read_training_config(sources.user_path(args.config))
     distributed.join(args.coordinator, args.processes, args.process)
     ended = run(config, Start(config))
-    if args.process:
+    if jax.process_index() > 0:
         pass  # the first process speaks
     elif args.json:
         print(json.dumps(dataclasses.asdict(ended) | {"output": config.output}))
@@ -272,28 +298,31 @@ def _generate(args: argparse.Namespace) -> int:
     from twotower_jax.programs import keep_between_runs
     from twotower_jax.tokenizer import load_tokenizer
 
-    placement = _placement(args)
-    options = _decoding_options(args)
-    folder = sources.locate(args.model)
-    tokenizer = load_tokenizer(folder)
-    texts = [_read(value) if kind == "prompt_file" else value for kind, value in args.prompts or []]
-    kinds = [kind for kind, _ in args.prompts or []]
-    prompts = [_encode(kind, text, tokenizer, args.model) for kind, text in zip(kinds, texts, strict=True)]
-    if not prompts:
-        raise InputError("give a prompt: --prompt TEXT, --prompt-file FILE or --ids 5,7,9")
-    eos = None if args.eos_token_id is None else _stop_ids(args.eos_token_id)
     distributed.join(args.coordinator, args.processes, args.process)
-    keep_between_runs()
-    model = tt.load(folder, dtype=args.dtype, placement=placement)
-    if jax.device_count() > 1 and not args.process:
-        print(model.towers, file=sys.stderr)
-    eos = model.config.eos_token_ids if eos is None else eos
-    generate = {
-        "diffusion": model.generate_mask_diffusion,
-        "ar": model.generate_ar,
-        "mock-ar": model.generate_mock_ar,
-    }[args.mode]
-    result = generate(prompts, eos_token_id=eos, **options)
+    with distributed.quiet():
+        with distributed.checked_together() as said:
+            said += [sorted((name, str(value)) for name, value in vars(args).items() if name not in ("process", "run"))]
+            placement = _placement(args)
+            options = _decoding_options(args)
+            folder = sources.locate(args.model)
+            tokenizer = load_tokenizer(folder)
+            texts = [_read(value) if kind == "prompt_file" else value for kind, value in args.prompts or []]
+            kinds = [kind for kind, _ in args.prompts or []]
+            prompts = [_encode(kind, text, tokenizer, args.model) for kind, text in zip(kinds, texts, strict=True)]
+            if not prompts:
+                raise InputError("give a prompt: --prompt TEXT, --prompt-file FILE or --ids 5,7,9")
+            eos = None if args.eos_token_id is None else _stop_ids(args.eos_token_id)
+        keep_between_runs()
+        model = tt.load(folder, dtype=args.dtype, placement=placement)
+        if jax.device_count() > 1 and jax.process_index() == 0:
+            print(model.towers, file=sys.stderr)
+        eos = model.config.eos_token_ids if eos is None else eos
+        generate = {
+            "diffusion": model.generate_mask_diffusion,
+            "ar": model.generate_ar,
+            "mock-ar": model.generate_mock_ar,
+        }[args.mode]
+        result = generate(prompts, eos_token_id=eos, **options)
 
     def decode(ids: Sequence[int]) -> str | None:
         return None if tokenizer is None else tokenizer.decode(ids)
@@ -312,7 +341,7 @@ def _generate(args: argparse.Namespace) -> int:
             kinds, texts, prompts, result.tokens, result.forwards, result.errors, strict=True
         )
     ]
-    if args.process:
+    if jax.process_index() > 0:
         pass  # the first process speaks
     elif args.json:
         times = {"seconds": result.seconds, "compile_seconds": result.compile_seconds}

@@ -1,8 +1,8 @@
-"""What a compiled program's text tells: the collectives in it, and arrays as large as an expert's weights."""
+"""What a compiled program's text tells: the collectives in it, and arrays that are copies of weights."""
 
 import math
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "ragged-all-to-all", "reduce-scatter")
 BITS = {"pred": 8, "s4": 4, "u4": 4, "s64": 64, "u64": 64, "c64": 64, "c128": 128}
@@ -38,20 +38,35 @@ def collectives(text: str) -> dict[str, tuple[int, int]]:
     for result, operation in _instructions(text):
         kind = operation.removesuffix("-start")
         if kind in COLLECTIVES:
-            sizes = [_bytes(*shape) for shape in _shapes(result)]
-            # A start's result holds its operand too.
-            size = max(sizes, default=0) if operation.endswith("-start") else sum(sizes)
+            if operation.endswith("-start") and kind != "all-reduce":
+                result = _parts(result)[1]  # after the operands
+            size = sum(_bytes(*shape) for shape in _shapes(result))
             count, total = found.get(kind, (0, 0))
             found[kind] = (count + 1, total + size)
     return found
 
 
-def new_arrays(text: str, sizes: Collection[int]) -> list[str]:
-    """Operations that make an array of as many elements as one of `sizes`, and its type: weights copied or gathered."""
+def _parts(result: str) -> list[str]:
+    """The elements of a tuple's type, which may be tuples."""
+    parts, depth = [""], 0
+    for letter in result[1:-1]:
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
+
+
+def copies(text: str, rows: int, columns: int) -> list[str]:
+    """Operations that make an array of one or more matrices (rows, columns), and its type: weights copied or gathered.
+
+    An array is taken for such if it has an axis of `rows` and as many elements as some of these matrices.
+    """
     return [
         f"{operation} {dtype}[{','.join(map(str, dims))}]"
         for result, operation in _instructions(text)
         if operation not in IN_PLACE and not operation.endswith("-done")
         for dtype, dims in _shapes(result)
-        if math.prod(dims) in sizes
+        if rows in dims and math.prod(dims) % (rows * columns) == 0
     ]

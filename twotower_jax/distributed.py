@@ -1,9 +1,18 @@
 """Several processes as one job."""
 
+import contextlib
+import hashlib
+import os
+import signal
 import socket
+import sys
+import threading
 import time
+from collections.abc import Iterator
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from twotower_jax.errors import InputError
 
@@ -40,6 +49,7 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
         raise InputError(f"--coordinator takes HOST:PORT or auto, not {coordinator}")
     if process:
         _await(host, int(port))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         if coordinator == "auto":
             jax.distributed.initialize()
@@ -48,6 +58,59 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
     except (RuntimeError, ValueError) as error:
         first = str(error).strip().partition("\n")[0]
         raise InputError(f"cannot join the job at {coordinator}: {first}") from None
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():
+            signal.signal(number, handler)  # JAX has put its own in the place of SIGTERM's
+
+
+def joined() -> bool:
+    """Whether this process is one of several."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+@contextlib.contextmanager
+def checked_together() -> Iterator[list]:
+    """Checks that every process of the job makes alike: none goes on where another was refused, or was told otherwise.
+
+    Without this the others would wait for ever, in a sum over devices that one never comes to.
+
+    Yields:
+      a list, to which the body adds what all must have been told alike.
+
+    Raises:
+      InputError: what a check in this process raised; that another's did; that another was told something else.
+    """
+    refusal, said = None, []
+    try:
+        yield said
+    except InputError as error:
+        refusal = error
+    if jax.process_count() > 1:
+        digest = np.frombuffer(hashlib.sha256(repr(said).encode()).digest(), np.uint8)
+        found = multihost_utils.process_allgather(np.append(digest, np.uint8(refusal is not None)))
+        if refusal is None and found[:, -1].any():
+            raise InputError(f"process {int(np.argmax(found[:, -1]))} was refused; it says why")
+        if refusal is None and (found != found[0]).any():
+            other = int(np.argmax((found != found[0]).any(-1)))
+            raise InputError(f"process {other} was told something else than process 0; give all the same options")
+    if refusal is not None:
+        raise refusal
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """In a job, what libraries print on standard output goes to standard error: output is for the result."""
+    if jax.process_count() == 1:
+        yield
+        return
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _await(host: str, port: int) -> None:

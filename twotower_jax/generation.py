@@ -54,6 +54,24 @@ def _read(config: Config, params: dict, state: TowerState, tokens: jax.Array, do
     return after, two_tower.news(after, state.length, tokens.shape[1])
 
 
+def bucket(length: int) -> int:
+    """The next of few lengths, at most a quarter longer (or 16), so that few programs are compiled."""
+    step = max(16, (1 << (length - 1).bit_length()) // 8) if length > 1 else 16
+    return -(-length // step) * step
+
+
+def sizes(longest: int, limit: int, unit: int) -> dict[str, int]:
+    """What programs are compiled for: the `capacity` of a state, and the `room` for new tokens, of a run.
+
+    Args:
+      longest: tokens of the longest prompt.
+      limit: new tokens of a row.
+      unit: tokens that are written at a time.
+    """
+    room = -(-bucket(limit) // unit) * unit
+    return {"capacity": bucket(longest + room), "room": room}
+
+
 def fused(config: Config) -> Program:
     """All of a generation, by both towers."""
     return Program(loop.generate, (sharding.specs(config, "context", "denoiser"), WHOLE, REQUEST), PROGRESS)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from twotower_jax import generation, inputs, memory, sharding, sources, two_tower
+from twotower_jax import distributed, generation, inputs, memory, sharding, sources, two_tower
 from twotower_jax.config import Config
 from twotower_jax.decoding.autoregressive import MockAR
 from twotower_jax.decoding.diffusion import Diffusion
@@ -60,27 +60,22 @@ def load(model: str | Path, dtype: Any = "bfloat16", placement: Placement | None
         divided so.
     """
     dtype = inputs.dtype(dtype)
-    folder = sources.open_folder(sources.locate(model))
-    towers = place(placement or Placement(), folder.config, folder.two_towers)
-    description = two_tower.describe(folder.config, folder.two_towers)
-    for group in towers.groups:
-        here = [tower for tower in description if towers.of(tower) is group]
-        size = sum(parameter_bytes(group.config, description[tower], dtype) for tower in here)
-        whose = "" if len(here) == len(description) else f"'s {here[0]} tower"
-        what = f"{model}{whose} in {dtype.name}"
-        for device in group.local_devices:
-            memory.require(size, device, what)
+    with distributed.checked_together():
+        folder = sources.open_folder(sources.locate(model))
+        towers = place(placement or Placement(), folder.config, folder.two_towers)
+        description = two_tower.describe(folder.config, folder.two_towers)
+        for group in towers.groups:
+            here = [tower for tower in description if towers.of(tower) is group]
+            size = sum(parameter_bytes(group.config, description[tower], dtype) for tower in here)
+            whose = "" if len(here) == len(description) else f"'s {here[0]} tower"
+            for device in group.local_devices:
+                memory.require(size, device, f"{model}{whose} in {dtype.name}")
     params = {}
-    for path, p in tqdm(list(flatten(description)), desc=f"loading {model}", unit="arrays", delay=2, disable=None):
-        own = jnp.dtype(jnp.float32) if p.float32 else dtype
-        params[path] = towers.of(path[0]).parameter(p, own, functools.partial(folder.read, path))
+    with distributed.checked_together():
+        for path, p in tqdm(list(flatten(description)), desc=f"loading {model}", unit="arrays", delay=2, disable=None):
+            own = jnp.dtype(jnp.float32) if p.float32 else dtype
+            params[path] = towers.of(path[0]).parameter(p, own, functools.partial(folder.read, path))
     return Model(folder.config, unflatten(params), towers)
-
-
-def bucket(length: int) -> int:
-    """The next of few lengths, at most a quarter longer (or 16), so that few programs are compiled."""
-    step = max(16, (1 << (length - 1).bit_length()) // 8) if length > 1 else 16
-    return -(-length // step) * step
 
 
 class Model:
@@ -183,7 +178,7 @@ class Model:
     def context_logits(self, ids: Sequence[int]) -> np.ndarray:
         """The context tower over one sequence: (L,) ids -> (L, V) float32."""
         ids = inputs.token_ids("ids", ids, self.config.vocab_size)
-        capacity = bucket(len(ids))
+        capacity = generation.bucket(len(ids))
         group = self.towers.context
         rows = group.row_shards  # copies: every device has one
         padded = np.zeros((rows, capacity), np.int32)
@@ -214,29 +209,30 @@ class Model:
     def _generate(self, rules: Any, unit: int, prompts, max_new_tokens, rows, seed, eos_token_id) -> Generation:
         """Runs a decoding loop, in which `rules` write `unit` tokens at a time: a sampler, in AR."""
         vocab = self.config.vocab_size
-        limit = inputs.whole("max_new_tokens", max_new_tokens, 0, 2**31 - 1)
-        prompts = inputs.prompts(prompts, vocab)
-        longest = max(map(len, prompts), default=1)
-        room = -(-bucket(limit) // unit) * unit
-        capacity = bucket(longest + room)
-        request = Request(
-            prompts=np.zeros((len(prompts), bucket(longest)), np.int32),
-            count=np.asarray([len(ids) for ids in prompts], np.int32),
-            rows=inputs.row_numbers(rows, len(prompts)),
-            seed=np.uint32(inputs.whole("seed", seed, 0, 2**32 - 1)),
-            eos=inputs.stop_ids(eos_token_id, vocab),
-            units=np.int32(-(-limit // unit)),
-        )
+        with distributed.checked_together() as said:
+            limit = inputs.whole("max_new_tokens", max_new_tokens, 0, 2**31 - 1)
+            prompts = inputs.prompts(prompts, vocab)
+            longest = max(map(len, prompts), default=1)
+            sizes = generation.sizes(longest, limit, unit)
+            request = Request(
+                prompts=np.zeros((len(prompts), generation.bucket(longest)), np.int32),
+                count=np.asarray([len(ids) for ids in prompts], np.int32),
+                rows=inputs.row_numbers(rows, len(prompts)),
+                seed=np.uint32(inputs.whole("seed", seed, 0, 2**32 - 1)),
+                eos=inputs.stop_ids(eos_token_id, vocab),
+                units=np.int32(-(-limit // unit)),
+            )
+            said += [rules, unit, prompts, rows, seed, limit, request.eos]
         if not prompts or limit == 0:
             return Generation([[] for _ in prompts], [0] * len(prompts), [None] * len(prompts), 0.0, 0.0)
         for padded, ids in zip(request.prompts, prompts, strict=True):
             padded[: len(ids)] = ids
         what = f"{len(prompts)} rows of up to {longest} prompt tokens and {limit} new ones"
         for group in self.towers.groups:
-            self._require_memory(group, len(prompts), capacity, 4 * capacity * len(prompts), what)
+            self._require_memory(group, len(prompts), sizes["capacity"], 4 * sizes["capacity"] * len(prompts), what)
         run = functools.partial(generation.generate, self.towers, self._programs, self.params, rules, request, what)
         compiled, start = self._programs.compile_seconds, time.perf_counter()
-        p = run(capacity=capacity, room=room)
+        p = run(**sizes)
         compile_seconds = self._programs.compile_seconds - compiled
         seconds = time.perf_counter() - start - compile_seconds
         return Generation(
@@ -253,8 +249,9 @@ class Model:
             raise InputError(f"{what}: positions end at {2**31 - 1}")
         rows = -(-rows // group.row_shards)
         needed = state_bytes(group.config, rows, capacity, two_tower.dtype_of(self.params)) + extra
-        for device in group.local_devices:
-            memory.require(needed, device, what)
+        with distributed.checked_together():
+            for device in group.local_devices:
+                memory.require(needed, device, what)
 
 
 def _cut(tokens: np.ndarray, limit: int, eos: np.ndarray) -> list[int]:

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from twotower_jax import sharding, transfer
 from twotower_jax.config import Config, Shards
-from twotower_jax.errors import InputError
+from twotower_jax.errors import InputError, short
 from twotower_jax.parameters import Parameter
 from twotower_jax.sharding import DATA, EXPERT, MESH_AXES, TENSOR
 
@@ -177,6 +177,8 @@ def place(wish: Placement, config: Config, two_towers: bool, devices: Sequence[j
     Raises:
       InputError: there are no such devices, or the model cannot be divided so.
     """
+    if not isinstance(wish, Placement):
+        raise InputError(f"placement must be a tt.Placement, not {short(wish)}")
     devices = jax.devices() if devices is None else list(devices)
     given = (wish.context_devices, wish.denoiser_devices)
     if not two_towers:
@@ -191,7 +193,7 @@ def place(wish: Placement, config: Config, two_towers: bool, devices: Sequence[j
         raise InputError(f"the {lacking} tower's devices are not given; give both towers', the same ones or others")
     else:
         numbers = list(given)
-    chosen = [_chosen(list(n), devices) for n in numbers]
+    chosen = [_chosen(n, devices) for n in numbers]
     if two_towers and set(chosen[0]) != set(chosen[1]):
         if common := set(chosen[0]) & set(chosen[1]):
             raise InputError(
@@ -213,8 +215,12 @@ def place(wish: Placement, config: Config, two_towers: bool, devices: Sequence[j
     return Towers(context, Group(chosen[1], config, shards))
 
 
-def _chosen(numbers: list[int], devices: Sequence[jax.Device]) -> dict[int, jax.Device]:
+def _chosen(numbers: Sequence[int], devices: Sequence[jax.Device]) -> dict[int, jax.Device]:
     """Devices by their numbers."""
+    try:
+        numbers = list(numbers)
+    except TypeError:
+        raise InputError(f"devices are given as a list of numbers such as [0, 1], not {short(numbers)}") from None
     for number in numbers:
         if not isinstance(number, int | np.integer) or isinstance(number, bool) or not 0 <= number < len(devices):
             raise InputError(f"there is no device {number!r}; there are {len(devices)}, counted from 0")
@@ -227,6 +233,8 @@ def _shards(mesh: Mapping[str, int] | None, config: Config, count: int) -> Shard
     """The sizes of a mesh of `count` devices."""
     if mesh is None:
         return _default_shards(config, count)
+    if not isinstance(mesh, Mapping):
+        raise InputError(f'a mesh is given as {{"expert": 4, "tensor": 2}}, not {short(mesh)}')
     for axis, size in mesh.items():
         if axis not in MESH_AXES:
             raise InputError(f"mesh axis {axis!r} is unknown; known are {', '.join(MESH_AXES)}")

@@ -34,18 +34,27 @@ class Wish:
     Attributes:
       mode: `diffusion`, `ar` or `mock-ar`.
       rows: of the batch.
-      context: tokens that a row has room for, prompt and new ones.
-      new_tokens: new ones among these.
+      prompt: tokens of the longest prompt.
+      new_tokens: of a row.
       block_size: S.
       dtype: of the model.
     """
 
     mode: str
     rows: int
-    context: int
+    prompt: int
     new_tokens: int
     block_size: int
     dtype: np.dtype
+
+    @property
+    def width(self) -> int:
+        return generation.bucket(self.prompt)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        unit = self.block_size if self.mode == "diffusion" else 1
+        return generation.sizes(self.prompt, self.new_tokens, unit)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +64,7 @@ class Compiled:
     Attributes:
       arguments, outputs, temporaries: as the compiler counts them; outputs without those in an argument's place.
       collectives: of each kind, how many there are and what they give the device when each runs once.
-      copies: operations that make an array of the size of an expert's weights, or of a layer's.
+      copies: operations that make an array of the shape of experts' weights.
       seconds: of compilation.
     """
 
@@ -99,14 +108,12 @@ class _Compiler:
         seconds = time.perf_counter() - start
         memory, text = compiled.memory_analysis(), compiled.as_text()
         c = group.config
-        matrix = c.hidden_size * c.expert_width
-        sizes_of_weights = {matrix, matrix * c.experts // c.shards.expert} if c.experts else ()
         self.compiled.setdefault(home, {})[name] = Compiled(
             arguments=memory.argument_size_in_bytes,
             outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
             temporaries=memory.temp_size_in_bytes,
             collectives=compiled_text.collectives(text),
-            copies=compiled_text.new_arrays(text, sizes_of_weights),
+            copies=compiled_text.copies(text, c.hidden_size, c.expert_width) if c.experts else [],
             seconds=seconds,
         )
         self._say(f"{home}: {name}, compiled in {seconds:.0f} s")
@@ -173,11 +180,10 @@ def plan(config: Config, towers: Towers, wish: Wish, say: Callable[[str], None] 
     group, home = towers.context, "context" if wish.mode == "ar" else "both"
     params = _parameters(group, {name: description[name] for name in names}, wish.dtype)
     rows = -(-wish.rows // group.row_shards) * group.row_shards
-    request = _placed(group, _request(rows, wish.context - wish.new_tokens), generation.REQUEST)
+    request = _placed(group, _request(rows, wish.width), generation.REQUEST)
     program = generation.alone(config) if wish.mode == "ar" else generation.fused(config)
     placed = _placed(group, rules, WHOLE)
-    sizes = {"capacity": wish.context, "room": wish.new_tokens}
-    compiler(group, home, "generate", program, params, placed, request, **sizes)
+    compiler(group, home, "generate", program, params, placed, request, **wish.sizes)
     own = compiler.compiled[home]["generate"]
     held = sum(parameter_bytes(group.config, description[name], wish.dtype) for name in description)
     held = held if not towers.split else parameter_bytes(group.config, description["context"], wish.dtype)
@@ -191,25 +197,25 @@ def _plan_apart(towers: Towers, wish: Wish, rules: Any, description: dict, compi
     rows = -(-wish.rows // (halves * shards)) * shards
     program = generation.apart(config)
     states = sharding.state_spec(config)
-    width = wish.context - wish.new_tokens
     params = {
         name: _parameters(towers.of(name), {name: description[name]}, wish.dtype) for name in ("context", "denoiser")
     }
     there, here = (_placed(group, rules, WHOLE) for group in towers.groups)
-    asked, given = (_placed(group, _request(rows, width), generation.REQUEST) for group in towers.groups)
+    asked, given = (_placed(group, _request(rows, wish.width), generation.REQUEST) for group in towers.groups)
 
     def moved(state: Any, news: Any) -> Any:
         return _placed(denoiser, two_tower.with_mamba(news, state), states)
 
-    sizes = {"capacity": wish.context}
+    sizes = {"capacity": wish.sizes["capacity"]}
     state, news = compile_(context, "context", "prefill", program["prefill"], params["context"], there, asked, **sizes)
     came = moved(state, news)
     first = _bytes(denoiser, came, states)
+    waiting = (halves - 1) * _bytes(context, news, two_tower.caches(states))  # to be moved, of the half before
     caches = compile_(
         denoiser, "denoiser", "receive", program["receive"], two_tower.caches(came), dtype=wish.dtype, **sizes
     )
     copy = two_tower.with_mamba(caches, came)
-    progress = _placed(denoiser, nothing_written(rows, wish.new_tokens), generation.PROGRESS)
+    progress = _placed(denoiser, nothing_written(rows, wish.sizes["room"]), generation.PROGRESS)
     progress, written = compile_(
         denoiser, "denoiser", "write", program["write"], params["denoiser"], here, copy, progress, given
     )
@@ -233,7 +239,7 @@ def _plan_apart(towers: Towers, wish: Wish, rules: Any, description: dict, compi
         return weights[home] + max(begins, goes_on)
 
     needed = {
-        "context": most("context", ("prefill", 0), {"read": 0}),
+        "context": most("context", ("prefill", waiting), {"read": 0}),
         "denoiser": most("denoiser", ("receive", first), {"write": later, "absorb": later}),
     }
     per_row = {

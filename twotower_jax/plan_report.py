@@ -17,6 +17,8 @@ from twotower_jax.plan import Plan, Wish, plan
 from twotower_jax.targets import target
 
 USABLE = 0.97  # of a device's memory; the rest is the driver's and the runtime's
+PLANS = 8  # that the search for the most rows makes at most
+CLOSE = 0.04  # to the most rows, as a share, is enough
 
 
 def make(
@@ -40,25 +42,34 @@ def make(
     Raises:
       InputError: what is asked for cannot be, or a program does not fit.
     """
-    dimensions = sources.config_alone(config)
+    dimensions, backbone = sources.config_alone(config)
+    if backbone and mode != "ar":
+        raise InputError(
+            f"{config} is of a backbone, which has no denoiser; give --mode ar, or two towers' config.json"
+        )
     context = inputs.whole("--context", context, 2, 2**24)
     max_new_tokens = inputs.whole("--max-new-tokens", max_new_tokens, 1, context - 1)
-    block_size = inputs.whole("--block-size", block_size, 1, max_new_tokens)
+    block_size = inputs.whole("--block-size", block_size, 1, 2**24)
     rows = inputs.whole("--rows", rows, 1, 2**20)
+    numbers = inputs.dtype(dtype)
     found = target(devices)
     jax.config.update("jax_enable_compilation_cache", False)  # it cannot read programs for devices that are not there
-    towers = place(placement, dimensions, two_towers=True, devices=found.devices)
+    towers = place(placement, dimensions, two_towers=not backbone, devices=found.devices)
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    def of(rows: int) -> Plan:
+    refused = ""
+
+    def of(rows: int) -> Plan | None:
+        nonlocal refused
         try:
-            wish = Wish(mode, rows, context, max_new_tokens, block_size, inputs.dtype(dtype))
+            wish = Wish(mode, rows, context - max_new_tokens, max_new_tokens, block_size, numbers)
             return plan(dimensions, towers, wish, say)
         except jax.errors.JaxRuntimeError as error:
-            first = str(error).partition("\n")[0]
-            raise InputError(f"{rows} rows of {context} tokens do not fit {devices}: {first}") from None
+            refused = f"{rows} rows of {context} tokens do not fit {devices}: {str(error).splitlines()[0]}"
+            say(refused)
+            return None
 
     for line in filter(None, (found.note, str(towers))):
         say(line)
@@ -66,51 +77,66 @@ def make(
     most = None
     if largest:
         step = towers.context.row_shards * (2 if towers.split and mode != "ar" else 1)
-        most, _ = largest_rows(of, made, rows, step, found.memory)
+        begin = -(-rows // step) * step
+        room = int(found.memory * USABLE)
+        most = largest_rows(lambda n: made if n == rows else of(n), begin, step, room)
+        if made is None and most:
+            rows, made = most, of(most)
+    if made is None:
+        raise InputError(refused)
     about = {"date": str(date.today()), "jax": version("jax"), "config": str(config), "devices": devices}
     about |= {"note": found.note, "towers": str(towers), "mode": mode, "dtype": dtype, "rows": rows, "context": context}
     text = table(made, found.memory) + ("" if most is None else f"\nrows of {context} tokens that fit: {most}")
     return about | dataclasses.asdict(made) | {"largest_rows": most, "table": text}
 
 
-def largest_rows(make: Callable[[int], Plan], plan: Plan, rows: int, step: int, memory: int) -> tuple[int, Plan | None]:
-    """The most rows that were found to fit, and their plan: the bytes grow by about as much with every row.
+def largest_rows(make: Callable[[int], Plan | None], rows: int, step: int, room: int) -> int:
+    """The most rows that are found to fit in a few plans, mostly within `CLOSE` of what does; 0 if none do.
+
+    Memory grows by about as much with every row: a line through two plans, or one and its parameters, gives the next
+    guess. In case it does not grow so, every other guess halves what is left between what fits and what does not.
 
     Args:
-      make: the plan for a number of rows.
-      plan: that of `rows`.
-      rows: a multiple of `step`.
+      make: the plan for a number of rows, or None if the compiler refuses it.
+      rows: where to begin, a multiple of `step`.
       step: rows come in multiples of this.
-      memory: of a device.
+      room: bytes of a device.
     """
-    room = int(memory * USABLE)
-
-    def fits(p: Plan) -> bool:
-        return all(needed <= room for needed in p.needed.values())
-
-    def guess(at: int, p: Plan, by: int, q: Plan | None) -> int:
-        """Where a line through one plan, and the parameters alone or another plan, meets the room."""
-        found = []
-        for home, needed in p.needed.items():
-            base, start = (q.needed[home], by) if q else (p.parameters[home], 0)
-            a_row = max(1, (needed - base) / (at - start))
-            found.append(start + (room - base) / a_row)
-        return int(min(found)) // step * step
-
-    best = (rows, plan) if fits(plan) else (0, None)
-    at, by, other = rows, 0, None
-    for _ in range(3):
-        wanted = guess(at, plan, by, other)
-        if wanted <= best[0] or wanted in (at, by):
+    low, high, doubted = 0, None, False  # fits; does not; whether memory grows by as much with every row
+    known: dict[int, Plan] = {}
+    guess = rows
+    for turn in range(PLANS):
+        plan = make(guess)
+        if plan is not None:
+            known[guess] = plan
+        if plan is not None and max(plan.needed.values()) <= room:
+            low = guess
+        else:
+            high = guess
+        line = _on_a_line(known, room) // step * step if known else 0
+        if high is not None and high - low <= max(step, CLOSE * low):
             break
-        try:
-            found = make(wanted)
-        except InputError:  # a compiler that refuses what does not fit
-            break
-        at, by, other, plan = wanted, at, plan, found
-        if fits(plan) and at > best[0]:
-            best = (at, plan)
-    return best
+        if high is None and line > (1 + CLOSE) * low:
+            guess = min(line, 4 * low)
+        elif high is None:  # the line ends here: a little more should not fit
+            low_again = low if doubted else low * CLOSE
+            guess = int(low + low_again) // step * step + step
+            doubted = True
+        elif low < line < high and turn % 2 == 0:
+            guess = line
+        else:
+            guess = (low + high) // 2 // step * step
+    return low
+
+
+def _on_a_line(known: dict[int, Plan], room: int) -> int:
+    """Where the line through the two plans nearest to the room meets it."""
+    at = sorted(known, key=lambda rows: abs(max(known[rows].needed.values()) - room))[:2]
+    found = []
+    for home, needed in known[at[0]].needed.items():
+        start, base = (at[1], known[at[1]].needed[home]) if len(at) > 1 else (0, known[at[0]].parameters[home])
+        found.append(at[0] + (room - needed) / max(1.0, (needed - base) / (at[0] - start)))
+    return int(min(found))
 
 
 def table(plan: Plan, memory: int) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from twotower_jax import memory
+from twotower_jax import distributed, memory
 from twotower_jax.placement import Group
 
 
@@ -87,8 +87,9 @@ class Programs:
             compiled = program.on(group, **sizes).lower(*arrays).compile()
             if (analysis := compiled.memory_analysis()) is not None:
                 needed = analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-                for device in group.local_devices:
-                    memory.require(needed, device, what)
+                with distributed.checked_together():
+                    for device in group.local_devices:
+                        memory.require(needed, device, what)
             self._compiled[key] = compiled
             self.compile_seconds += time.perf_counter() - start
         return self._compiled[key](*arrays)

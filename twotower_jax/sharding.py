@@ -13,7 +13,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from twotower_jax import two_tower
-from twotower_jax.config import ATTENTION, MAMBA, MLP, Config, Shards
+from twotower_jax.config import ATTENTION, MAMBA, MLP, MOE, Config, Shards
 from twotower_jax.errors import InputError
 from twotower_jax.parameters import Parameter, Part, Ranges
 from twotower_jax.state import KVCache, LayerState, MambaState, TowerState
@@ -60,26 +60,30 @@ def share(config: Config, shards: Shards) -> Config:
     Raises:
       InputError: a dimension that must be divided cannot be.
     """
-    c, tensor = config, shards.tensor
+    c = config
 
-    def divide(name: str, size: int, by: str, count: int) -> int:
+    def divide(name: str, size: int, kind: str = "", by: str = TENSOR) -> int:
+        """A size over the devices, if the model has such layers."""
+        count = getattr(shards, by)
+        if kind not in c.pattern:
+            return size
         if size % count:
             raise InputError(f"mesh {by}={count} does not divide the model's {size} {name}; {_choices(size)}")
         return size // count
 
-    divide("experts", c.experts, EXPERT, shards.expert)
-    heads = divide("query heads", c.attention_heads, TENSOR, tensor)
-    mamba_heads = divide("Mamba-2 heads", c.mamba_heads, TENSOR, tensor)
+    divide("experts", c.experts, MOE, EXPERT)
+    heads = divide("query heads", c.attention_heads, ATTENTION)
+    mamba_heads = divide("Mamba-2 heads", c.mamba_heads, MAMBA)
     return dataclasses.replace(
         c,
-        vocab_size=divide("tokens of vocabulary", c.vocab_size, TENSOR, tensor),
+        vocab_size=divide("tokens of vocabulary", c.vocab_size),
         mamba_heads=mamba_heads,
-        mamba_groups=_runs(mamba_heads, c.mamba_heads, c.mamba_groups),
+        mamba_groups=_runs(mamba_heads, c.mamba_heads, c.mamba_groups) if MAMBA in c.pattern else c.mamba_groups,
         attention_heads=heads,
-        kv_heads=_runs(heads, c.attention_heads, c.kv_heads),
-        expert_width=divide("channels of an expert", c.expert_width, TENSOR, tensor),
-        shared_width=divide("channels of the shared expert", c.shared_width, TENSOR, tensor),
-        mlp_width=divide("channels of the MLP", c.mlp_width, TENSOR, tensor) if MLP in c.pattern else c.mlp_width,
+        kv_heads=_runs(heads, c.attention_heads, c.kv_heads) if ATTENTION in c.pattern else c.kv_heads,
+        expert_width=divide("channels of an expert", c.expert_width, MOE),
+        shared_width=divide("channels of the shared expert", c.shared_width, MOE),
+        mlp_width=divide("channels of the MLP", c.mlp_width, MLP),
         shards=shards,
         whole=config,
     )
@@ -92,7 +96,7 @@ def _choices(size: int) -> str:
 
 def _runs(heads: int, all_heads: int, groups: int) -> int:
     """How many runs of consecutive heads, each within one group, a device's heads are."""
-    return heads // math.gcd(heads, all_heads // groups) if heads else groups
+    return heads // math.gcd(heads, all_heads // groups)
 
 
 def _of_groups(whole: Config, device: int, shards: int, kind: str) -> list[int]:

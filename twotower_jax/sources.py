@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from twotower_jax import checkpoint
-from twotower_jax.config import Config, parse_config, read_json
+from twotower_jax.config import BACKBONE_ARCHITECTURE, Config, parse_config, read_json
 from twotower_jax.errors import InputError, short
 
 SHIPPED = Path(__file__).parent / "models"
@@ -71,14 +71,16 @@ def locate(model: str | Path) -> Path:
     return _download(str(model))
 
 
-def config_alone(model: str | Path) -> Config:
-    """The dimensions of a model, of which nothing but `config.json` need be there; also of such a file itself."""
+def config_alone(model: str | Path) -> tuple[Config, bool]:
+    """The dimensions of a model, and whether it is a backbone; nothing but `config.json`, or a path to it, need be."""
     path = user_path(model)
     if path.is_file():
-        return parse_config(read_json(path))
-    if not path.exists() and str(model) not in shipped() and re.fullmatch(NAME, str(model)):
-        return parse_config(read_json(_download(str(model), ["config.json"]) / "config.json"))
-    return parse_config(read_json(locate(model) / "config.json"))
+        raw = read_json(path)
+    elif not path.exists() and str(model) not in shipped() and re.fullmatch(NAME, str(model)):
+        raw = read_json(_download(str(model), ["config.json"]) / "config.json")
+    else:
+        raw = read_json(locate(model) / "config.json")
+    return parse_config(raw), BACKBONE_ARCHITECTURE in (raw.get("architectures") or [])
 
 
 def _download(name: str, patterns: Sequence[str] = DOWNLOADED) -> Path:

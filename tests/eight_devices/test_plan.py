@@ -9,13 +9,15 @@ import pytest
 from conftest import DATA
 
 import twotower_jax as tt
+from twotower_jax.layers import moe
+from twotower_jax.layers.experts import routed
 from twotower_jax.placement import place
 from twotower_jax.plan import Wish, plan
 from twotower_jax.plan_report import table
 
 
-def wish(rows=4, mode="diffusion", context=64):
-    return Wish(mode, rows, context, new_tokens=32, block_size=16, dtype=np.dtype(jnp.float32))
+def wish(rows=4, mode="diffusion"):
+    return Wish(mode, rows, prompt=32, new_tokens=32, block_size=16, dtype=np.dtype(jnp.float32))
 
 
 def load(*where):
@@ -44,8 +46,7 @@ def test_towers_apart(divided):
     assert found.moved["mamba"] == c.pattern.count("M") * 4 * (ssm + conv)
     for programs in found.programs.values():
         for program in programs.values():
-            # a layer's experts, gathered, would be 8 * 64 * 48 floats; a position's logits 128
-            assert all(size < 100_000 for _, size in program.collectives.values())
+            assert program.copies == []
     assert "moved between towers for each block of a row" in table(found, 10**9)
 
 
@@ -57,6 +58,18 @@ def test_vocabulary_is_not_gathered(divided):
         towers = place(tt.Placement(range(8), range(8), {"tensor": 4, "data": 2}), config, two_towers=True)
         sizes.append(plan(config, towers, wish(mode="ar")).programs["context"]["generate"].collectives)
     assert sizes[0] == sizes[1] != {}
+
+
+def test_gathered_experts_are_seen(divided, monkeypatch):
+    """If each device did all experts' work itself, the plan would say which weights are copied for it."""
+
+    def gathering(x, experts, weights, up, down, c):
+        whole = [jax.lax.all_gather(z, "expert", tiled=True) for z in (up, down)]
+        return routed(x, experts, weights, *whole)
+
+    monkeypatch.setattr(moe, "routed_over_devices", gathering)
+    copies = plan(divided.config, divided.towers, wish()).programs["denoiser"]["write"].copies
+    assert any(copy.startswith("all-gather") for copy in copies)
 
 
 def test_towers_together():
