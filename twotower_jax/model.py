@@ -222,7 +222,7 @@ class Model:
                 eos=inputs.stop_ids(eos_token_id, vocab),
                 units=np.int32(-(-limit // unit)),
             )
-            said += [rules, unit, prompts, rows, seed, limit, request.eos]
+            said += [rules, unit, [ids.tolist() for ids in prompts], rows, seed, limit, request.eos.tolist()]
         if not prompts or limit == 0:
             return Generation([[] for _ in prompts], [0] * len(prompts), [None] * len(prompts), 0.0, 0.0)
         for padded, ids in zip(request.prompts, prompts, strict=True):
