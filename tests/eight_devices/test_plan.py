@@ -46,7 +46,7 @@ def test_towers_apart(divided):
     assert found.moved["mamba"] == c.pattern.count("M") * 4 * (ssm + conv)
     for programs in found.programs.values():
         for program in programs.values():
-            assert program.copies == []
+            assert not any(copy.startswith("all-gather") for copy in program.copies)
     assert "moved between towers for each block of a row" in table(found, 10**9)
 
 
