@@ -26,6 +26,9 @@ ENTRY %main (weights: bf16[16,8], x: f32[4]) -> f32[16,8] {
   %sum.done = (f32[4]{0}, f32[100]{0}) all-reduce-done(%sum)
   %part = ((f32[64]{0:T(256)}, f32[8]{0}), (f32[8]{0:T(256)}, f32[1]{0})) reduce-scatter-start(%x, %y), to_apply=%add
   %next = (f32[4]{0}, f32[4]{0}, u32[], u32[]) collective-permute-start(%x), source_target_pairs={{0,1}}
+  %fetched = bf16[16,8]{1,0:T(8,128)(2,1)S(1)} copy(%weights)
+  %some = ((bf16[16,8]{1,0:T(8,128)}), bf16[4,8]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%weights), slice={}
+  %ahead = (bf16[16,8]{1,0:T(8,128)S(1)}, bf16[16,8]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%weights)
   %both = (f32[4]{0}, s32[2,2]{1,0}) all-to-all(%x, %x), dimensions={0}
   ROOT %out = f32[16,8]{1,0} add(%fusion.1, %fusion.1)
 }

@@ -11,6 +11,7 @@ BITS = {"pred": 8, "s4": 4, "u4": 4, "s64": 64, "u64": 64, "c64": 64, "c128": 12
 IN_PLACE = ("parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "opt-barrier")
 
 INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.-]+ = (\(.*?\)|\S+) ([\w-]+)\(", re.MULTILINE)
+IN_VECTOR_MEMORY = re.compile(r"\w+\[[\d,]*\]\{[^}]*S\(1\)\}")
 SHAPE = re.compile(r"\b([a-z]+[0-9a-z]*)\[([\d,]*)\]")
 
 
@@ -38,12 +39,17 @@ def collectives(text: str) -> dict[str, tuple[int, int]]:
     for result, operation in _instructions(text):
         kind = operation.removesuffix("-start")
         if kind in COLLECTIVES:
-            if operation.endswith("-start") and kind != "all-reduce":
-                result = _parts(result)[1]  # after the operands
-            size = sum(_bytes(*shape) for shape in _shapes(result))
+            size = sum(_bytes(*shape) for shape in _shapes(_given(result, operation)))
             count, total = found.get(kind, (0, 0))
             found[kind] = (count + 1, total + size)
     return found
+
+
+def _given(result: str, operation: str) -> str:
+    """The type of what an operation gives: a start's has its operands before, a copy's behind, a sum's none."""
+    if operation.endswith("-start") and operation != "all-reduce-start" and result.startswith("("):
+        return _parts(result)[0 if operation == "copy-start" else 1]
+    return result
 
 
 def _parts(result: str) -> list[str]:
@@ -61,12 +67,13 @@ def _parts(result: str) -> list[str]:
 def copies(text: str, rows: int, columns: int) -> list[str]:
     """Operations that make an array of one or more matrices (rows, columns), and its type: weights copied or gathered.
 
-    An array is taken for such if it has an axis of `rows` and as many elements as some of these matrices.
+    An array is taken for such if it has an axis of `rows` and as many elements as some of these matrices. What a TPU
+    brings into its vector memory, `S(1)`, to multiply with it is none.
     """
     return [
         f"{operation} {dtype}[{','.join(map(str, dims))}]"
         for result, operation in _instructions(text)
         if operation not in IN_PLACE and not operation.endswith("-done")
-        for dtype, dims in _shapes(result)
+        for dtype, dims in _shapes(IN_VECTOR_MEMORY.sub("", _given(result, operation)))
         if rows in dims and math.prod(dims) % (rows * columns) == 0
     ]
