@@ -86,7 +86,9 @@ def describe(c: TrainingConfig, start: Start) -> dict[str, Any]:
     for i, stage in enumerate(raw.pop("stages")):
         raw |= {f"stages[{i}].{name}": value for name, value in stage.items()}
     raw |= {f"data.{name}": value for name, value in data.items() if name not in ("files", "tokenizer")}
-    raw |= {f"model's {name}": value for name, value in dataclasses.asdict(start.config).items()}
+    dimensions = dataclasses.asdict(start.config)
+    del dimensions["shards"], dimensions["whole"]  # of where it runs
+    raw |= {f"model's {name}": value for name, value in dimensions.items()}
     raw |= {"model": start.fingerprint, "tokenizer": start.tokenizer_fingerprint}
     raw |= {"data.files": start.documents.names, "number of documents": len(start.documents)}
     return json.loads(json.dumps(raw))
