@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from twotower_jax import compiled_text, generation, sharding, two_tower
 from twotower_jax.config import Config
@@ -122,12 +121,7 @@ class _Compiler:
 
 def _placed(group: Group, shapes: Any, specs: Any) -> Any:
     """Shapes with the shardings of a group."""
-
-    def of(spec: PartitionSpec, tree: Any) -> Any:
-        home = NamedSharding(group.mesh, spec)
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=home), tree)
-
-    return jax.tree.map(of, specs, shapes, is_leaf=lambda x: isinstance(x, PartitionSpec))
+    return group.each(lambda x, home: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=home), shapes, specs)
 
 
 def _parameters(group: Group, description: dict, dtype: np.dtype) -> dict:
