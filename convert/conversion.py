@@ -124,4 +124,5 @@ def _write(result: _Result, writer: Any) -> None:
             value = result.read(path)
             writer.add(path, parameter, value)
             bar.update(value.size)
+            del value  # before the next one comes
         writer.finish()

@@ -14,15 +14,17 @@ from safetensors.numpy import save_file
 import twotower_jax as tt
 from convert import convert, layouts
 from convert.huggingface import HuggingFaceFolder
-from twotower_jax import sharding, two_tower
+from twotower_jax import checkpoint, sharding, two_tower
 from twotower_jax.checkpoint import ConvertedFolder
 from twotower_jax.config import Shards, parse_config
 from twotower_jax.parameters import cut, flatten
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    ours = convert(DATA / "grouped-0", tmp_path_factory.mktemp("converted") / "ours").target
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """One checkpoint in both formats; its arrays are large enough to be read in pieces."""
+    monkeypatch.setattr(checkpoint, "PIECE_BYTES", 1000)
+    ours = convert(DATA / "grouped-0", tmp_path / "ours").target
     return {"theirs": HuggingFaceFolder(DATA / "grouped-0"), "ours": ConvertedFolder(ours)}
 
 
@@ -35,20 +37,46 @@ def test_a_part_is_what_the_whole_has_there(folders, kind, place):
         np.testing.assert_array_equal(folder.read(path, part), cut(folders["theirs"].read(path), part))
 
 
-def test_a_damaged_expert_never_loads(folders, tmp_path):
+def test_a_damaged_expert_never_loads(folders):
     """A checksum that is not that of an expert refuses the part that has it, and no other."""
     contents = json.loads((folders["ours"].folder / "checkpoint.json").read_text())
     path = ("denoiser", "tower", "layers_2", "mixer", "up")
     contents["checksums"]["/".join(path)][5] += 1
-    (tmp_path / "checkpoint.json").write_text(json.dumps(contents))
-    for name in ("config.json", "params"):
-        (tmp_path / name).symlink_to(folders["ours"].folder / name)
-    folder = ConvertedFolder(tmp_path)
+    (folders["ours"].folder / "checkpoint.json").write_text(json.dumps(contents))
+    folder = ConvertedFolder(folders["ours"].folder)
     p = dict(flatten(two_tower.describe(folder.config, True)))[path]
     parts = [sharding.part(p, folder.config, Shards(expert=4), {"expert": i}) for i in range(4)]
     assert folder.read(path, parts[0]).shape[0] == 4
     with pytest.raises(tt.InputError, match=r"mixer/up of .* is damaged: its checksum differs"):
         folder.read(path, parts[1])
+
+
+def test_no_more_is_read_than_the_part_has(folders, monkeypatch):
+    """Half of the vocabulary of embeddings and head, half of the experts: about half of the bytes."""
+    read, opened = [], checkpoint.tensorstore.open
+
+    class Counted:
+        def __init__(self, array):
+            self._array = array
+
+        def result(self):
+            return self
+
+        def __getitem__(self, index):
+            taken = self._array[index]
+            read.append(taken.size)
+            return taken
+
+    monkeypatch.setattr(checkpoint.tensorstore, "open", lambda *a, **k: Counted(opened(*a, **k).result()))
+    folder = folders["ours"]
+    for path, p in flatten(two_tower.describe(folder.config, True)):
+        if path[-1] in ("embeddings", "head", "up", "down") and len(p.axes) - p.stacked == 2:
+            for i in range(2):
+                part = sharding.part(p, folder.config, Shards(expert=2, tensor=2), {"expert": i, "tensor": i})
+                half = int(np.prod(folder.config.shape(p.axes))) / 2
+                read.clear()
+                assert folder.read(path, part).size <= half
+                assert half <= sum(read) < 1.2 * half, path
 
 
 LOAD = """

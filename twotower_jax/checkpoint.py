@@ -3,6 +3,7 @@
 """
 
 import contextlib
+import dataclasses
 import json
 import logging
 import math
@@ -27,8 +28,8 @@ from twotower_jax.parameters import Parameter, Part, cut, flatten, unflatten, wh
 PARAMS = "params"
 CONTENTS = "checkpoint.json"
 GROUP_BYTES = 2**25  # small parameters are written and read together, up to this much
-CHECKED_BYTES = 2**26  # of an array have a checksum of their own: several threads compute them
-CHUNK_BYTES = 2**25  # of an array lie together at most, so that a part can be read alone
+PIECE_BYTES = 2**20  # of an array have a checksum of their own, about, so that a part can be read alone
+CHUNK_BYTES = 2**23  # of an array lie together at most
 ODD_DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -85,38 +86,49 @@ class ConvertedFolder:
         return np.dtype(self._stored[path].dtype)
 
     def read(self, path: tuple[str, ...], part: Part | None = None) -> np.ndarray:
-        """One parameter, or a part of it. Quick in the description's order: small ones that follow are read along.
+        """One parameter, or a part of it: of large ones no more is read than the pieces that the part touches.
 
-        Of stacked ones (experts) no more is read than the part has; of others all is, once for parts in a row.
+        Quick in the description's order: small ones that follow are read along.
         """
+        if self._pieces(path).count > 1:
+            return self._large(path, part or whole(self._stored[path].shape))
         if part is None:
-            return self._whole(path)
-        if path in self._stacked and path not in self._ahead:
-            return self._slices(path, part)
+            return self._small(path)
         if self._last is None or self._last[0] != path:
-            self._last = (path, self._whole(path))
+            self._last = (path, self._small(path))
         return cut(self._last[1], part)
 
-    def _slices(self, path: tuple[str, ...], part: Part) -> np.ndarray:
-        name = "/".join(path)
+    def _pieces(self, path: tuple[str, ...]) -> "Pieces":
+        return Pieces.of(self._stored[path].shape, self.dtype(path), path in self._stacked)
+
+    def _large(self, path: tuple[str, ...], part: Part) -> np.ndarray:
+        name, pieces = "/".join(path), self._pieces(path)
         home = {"driver": "file", "path": f"{self._path}/state/"}
         store = {"driver": "zarr3", "kvstore": {"driver": "ocdbt", "base": home, "path": ".".join(path) + "/"}}
-        found = []
-        with _orbax(f"cannot read {name} of {self._path}; convert it again"):
-            array = tensorstore.open(store, read=True).result()
-            for r in part[0]:
-                found.append(array[r].read().result())
         known = self._checksums.get(name, [])
-        for r, value in zip(part[0], found, strict=True):
-            if _checksums(value, stacked=True) != known[r]:
+        out = np.empty([sum(r.stop - r.start for r in ranges) for ranges in part], self.dtype(path))
+        filled = 0
+        for wanted in part[pieces.axis]:
+            first, last = wanted.start // pieces.length, -(-wanted.stop // pieces.length)
+            touched = slice(first * pieces.length, min(last * pieces.length, pieces.size))
+            with _orbax(f"cannot read {name} of {self._path}; convert it again"):
+                array = tensorstore.open(store, read=True).result()
+                value = array[pieces.index(touched)].read().result()
+            if pieces.checksums(value) != known[first:last]:
                 raise self._damaged(name)
-        found = [cut(value, whole(value.shape[:1]) + part[1:]) for value in found]
-        return found[0] if len(found) == 1 else np.concatenate(found)
+            inner = slice(wanted.start - touched.start, wanted.stop - touched.start)
+            value = cut(value, (*part[: pieces.axis], (inner,), *part[pieces.axis + 1 :]))
+            if value.shape == out.shape:
+                return value
+            after = filled + value.shape[pieces.axis]
+            out[pieces.index(slice(filled, after))] = value
+            filled = after
+        return out
 
     def _damaged(self, name: str) -> InputError:
         return InputError(f"{name} of {self._path} is damaged: its checksum differs; convert it again")
 
-    def _whole(self, path: tuple[str, ...]) -> np.ndarray:
+    def _small(self, path: tuple[str, ...]) -> np.ndarray:
         if path not in self._ahead:
             wanted: dict[tuple[str, ...], Any] = dict.fromkeys(self._stored, ocp.PLACEHOLDER)
             group = self._group(path)
@@ -125,7 +137,7 @@ class ConvertedFolder:
                 loaded = dict(flatten(ocp.load(self._path, unflatten(wanted))))
             self._ahead = {p: loaded[p] for p in group}
         value = self._ahead.pop(path)
-        if _checksums(value, path in self._stacked) != self._checksums.get("/".join(path)):
+        if self._pieces(path).checksums(value) != self._checksums.get("/".join(path)):
             raise self._damaged("/".join(path))
         return value
 
@@ -135,7 +147,8 @@ class ConvertedFolder:
             size += math.prod(self._stored[path].shape) * self.dtype(path).itemsize
             if group and size > GROUP_BYTES:
                 break
-            group.append(path)
+            if self._pieces(path).count == 1:
+                group.append(path)
         return group
 
 
@@ -152,16 +165,20 @@ class Writer:
         self._group: dict[tuple[str, ...], np.ndarray] = {}
 
     def add(self, path: tuple[str, ...], p: Parameter, value: np.ndarray) -> None:
-        if sum(v.nbytes for v in self._group.values()) + value.nbytes > GROUP_BYTES:
+        pieces = Pieces.of(value.shape, value.dtype, p.stacked)
+        self._checksums["/".join(path)] = pieces.checksums(value)
+        alone = p.stacked and pieces.count > 1
+        if alone or sum(v.nbytes for v in self._group.values()) + value.nbytes > GROUP_BYTES:
             self._flush()
         self._group[path] = value
-        self._checksums["/".join(path)] = _checksums(value, p.stacked)
+        if alone:
+            self._flush(by_slices=True)
 
-    def _flush(self) -> None:
+    def _flush(self, by_slices: bool = False) -> None:
         if self._group:
             in_chunks = ocp.Context()
             in_chunks.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
-            in_chunks.array.saving.storage_options.shard_axes = (0,)
+            in_chunks.array.saving.storage_options.shard_axes = (0,) if by_slices else ()
             with _orbax(f"cannot write {self._path}"), in_chunks:
                 ocp.partial.save(self._path, unflatten(self._group))
             self._group = {}
@@ -176,13 +193,40 @@ class Writer:
         (self._folder / CONTENTS).write_text(json.dumps(contents) + "\n", encoding="utf-8")
 
 
-def _checksums(value: np.ndarray, stacked: bool) -> list[int]:
-    """CRC-32 of each piece of an array's bytes: of each slice of stacked ones."""
-    data = memoryview(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
-    size = len(data) // len(value) if stacked else CHECKED_BYTES
-    pieces = [data[start : start + size] for start in range(0, len(data), size)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(zlib.crc32, pieces))
+@dataclasses.dataclass(frozen=True)
+class Pieces:
+    """What of an array is checked, and so read, together: ranges of `length` of one axis, which has `size`."""
+
+    axis: int
+    length: int
+    size: int
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], dtype: np.dtype, stacked: bool) -> "Pieces":
+        """Slices of stacked arrays; of others of more than `PIECE_BYTES` ranges of the longest axis; or all."""
+        size = math.prod(shape) * dtype.itemsize
+        if size <= PIECE_BYTES or stacked:
+            return cls(0, 1 if size > PIECE_BYTES else max(shape[0], 1), shape[0])
+        axis = max(range(len(shape)), key=lambda i: shape[i])
+        return cls(axis, math.ceil(shape[axis] * PIECE_BYTES / size), shape[axis])
+
+    @property
+    def count(self) -> int:
+        return math.ceil(self.size / self.length)
+
+    def index(self, of_axis: slice) -> tuple[slice, ...]:
+        """An array's index that takes a range of the axis."""
+        return (*[slice(None)] * self.axis, of_axis)
+
+    def checksums(self, value: np.ndarray) -> list[int]:
+        """The CRC-32 of every piece's bytes, of the array or of a range that begins with a piece."""
+
+        def one(start: int) -> int:
+            piece = np.ascontiguousarray(value[self.index(slice(start, start + self.length))])
+            return zlib.crc32(piece.reshape(-1).view(np.uint8))
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return list(pool.map(one, range(0, value.shape[self.axis], self.length)))
 
 
 def _sizes(params: Path) -> dict[str, int]:

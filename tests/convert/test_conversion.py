@@ -246,6 +246,7 @@ MEASURED = """
 
     largest = int(sys.argv[5])
     checkpoint.GROUP_BYTES = writer.SHARD_BYTES = largest  # smaller, as the checkpoint is
+    checkpoint.CHUNK_BYTES = largest // 16
 
     def private(process=psutil.Process()):
         memory = process.memory_info()
