@@ -21,6 +21,7 @@ DATA = Path(__file__).parent / "data"
 # A program that several tests need, in this process or in those they start, is compiled once a run.
 PROGRAMS = tempfile.mkdtemp()
 atexit.register(shutil.rmtree, PROGRAMS, ignore_errors=True)
+os.environ["XDG_CACHE_HOME"] = PROGRAMS
 for name, value in {"jax_compilation_cache_dir": PROGRAMS, "jax_persistent_cache_min_compile_time_secs": 0.3}.items():
     jax.config.update(name, value)
     os.environ[name.upper()] = str(value)

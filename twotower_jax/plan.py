@@ -5,7 +5,6 @@ between towers are counted as `generation` holds them.
 """
 
 import dataclasses
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from twotower_jax import compiled_text, generation, sharding, two_tower
+from twotower_jax.analyses import analysis
 from twotower_jax.config import Config
 from twotower_jax.decoding.autoregressive import MockAR
 from twotower_jax.decoding.diffusion import Diffusion
@@ -64,7 +64,7 @@ class Compiled:
       arguments, outputs, temporaries: as the compiler counts them; outputs without those in an argument's place.
       collectives: of each kind, how many there are and what they give the device when each runs once.
       copies: operations that make an array of the shape of experts' weights.
-      seconds: of compilation.
+      seconds: of compilation, which may have been an earlier run's.
     """
 
     arguments: int
@@ -96,27 +96,24 @@ class Plan:
 class _Compiler:
     """Compiles programs for arrays that are shapes alone, and gives the shapes of their results."""
 
-    def __init__(self, config: Config, say: Callable[[str], None]):
-        self._config, self._say = config, say
+    def __init__(self, compilers: str, say: Callable[[str], None]):
+        self._compilers, self._say = compilers, say
         self.compiled: dict[str, dict[str, Compiled]] = {}
 
     def __call__(self, group: Group, home: str, name: str, program: Program, *arrays: Any, **sizes: Any) -> Any:
-        jitted = program.on(group, **sizes)
-        start = time.perf_counter()
-        compiled = jitted.lower(*arrays).compile()
-        seconds = time.perf_counter() - start
-        memory, text = compiled.memory_analysis(), compiled.as_text()
+        lowered = program.on(group, **sizes).lower(*arrays)
+        found = analysis(lowered, self._compilers)
         c = group.config
         self.compiled.setdefault(home, {})[name] = Compiled(
-            arguments=memory.argument_size_in_bytes,
-            outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
-            temporaries=memory.temp_size_in_bytes,
-            collectives=compiled_text.collectives(text),
-            copies=compiled_text.copies(text, c.hidden_size, c.expert_width) if c.experts else [],
-            seconds=seconds,
+            arguments=found.arguments,
+            outputs=found.outputs,
+            temporaries=found.temporaries,
+            collectives=compiled_text.collectives(found.text),
+            copies=compiled_text.copies(found.text, c.hidden_size, c.expert_width) if c.experts else [],
+            seconds=found.seconds,
         )
-        self._say(f"{home}: {name}, compiled in {seconds:.0f} s")
-        return _placed(group, jax.eval_shape(jitted, *arrays), program.outputs)
+        self._say(f"{home}: {name}, compiled in {found.seconds:.0f} s{', by an earlier run' if found.kept else ''}")
+        return _placed(group, lowered.out_info, program.outputs)
 
 
 def _placed(group: Group, shapes: Any, specs: Any) -> Any:
@@ -156,16 +153,19 @@ def _request(rows: int, width: int) -> Request:
     return Request(prompts, column, column, np.uint32(0), np.zeros(1, np.int32), np.int32(0))
 
 
-def plan(config: Config, towers: Towers, wish: Wish, say: Callable[[str], None] = lambda line: None) -> Plan:
+def plan(
+    config: Config, towers: Towers, wish: Wish, compilers: str, say: Callable[[str], None] = lambda line: None
+) -> Plan:
     """Compiles every program of a generation.
 
     Args:
       config: the model's dimensions.
       towers: the devices.
       wish: the generation.
+      compilers: for the devices: their names and versions, and what they compile for.
       say: is told of each program that is compiled.
     """
-    compiler = _Compiler(config, say)
+    compiler = _Compiler(compilers, say)
     description = two_tower.describe(config, two_towers=True)
     rules = _rules(wish)
     if towers.split and wish.mode != "ar":

@@ -65,7 +65,7 @@ def make(
         nonlocal refused
         try:
             wish = Wish(mode, rows, context - max_new_tokens, max_new_tokens, block_size, numbers)
-            return plan(dimensions, towers, wish, say)
+            return plan(dimensions, towers, wish, found.compilers, say)
         except jax.errors.JaxRuntimeError as error:
             refused = f"{rows} rows of {context} tokens do not fit {devices}: {str(error).splitlines()[0]}"
             say(refused)

@@ -44,6 +44,11 @@ class Program:
         )
 
 
+def cache_folder() -> Path:
+    """Where what is compiled is kept for the user."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "twotower_jax"
+
+
 def keep_between_runs() -> None:
     """Has JAX keep what it compiles for a GPU or TPU, minutes' work for a large model, in the user's cache folder.
 
@@ -51,8 +56,7 @@ def keep_between_runs() -> None:
     `JAX_COMPILATION_CACHE_DIR` is set it decides alone.
     """
     if jax.default_backend() != "cpu" and not jax.config.jax_compilation_cache_dir:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(home / "twotower_jax"))
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder()))
 
 
 class Programs:

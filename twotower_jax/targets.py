@@ -4,8 +4,10 @@ import contextlib
 import dataclasses
 import importlib.util
 import os
+import platform
 import re
 from collections.abc import Sequence
+from importlib import metadata
 from typing import Any
 
 import jax
@@ -36,11 +38,13 @@ class Target:
     Attributes:
       devices: descriptions of the devices, which can compile and nothing else.
       memory: bytes of each.
+      compilers: what compiles for them: packages with their versions, and the description of the target.
       note: empty, or why these are not the devices that were asked for.
     """
 
     devices: Sequence[Any]
     memory: int
+    compilers: str
     note: str = ""
 
 
@@ -67,10 +71,11 @@ def _gpus(kind: str, count: int) -> Target:
     if not (importlib.util.find_spec("jax_cuda13_plugin") or importlib.util.find_spec("jax_cuda12_plugin")):
         return _stand_ins(count, GPUS[kind]["memory"], 'JAX\'s CUDA plugin is not installed (pip install ".[cuda]")')
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # it would look for a driver
+    config = HOPPER.format(**GPUS[kind])
     topology = topologies.get_topology_desc(
-        platform="cuda", topology_name=kind, topology=f"1x1x{count}", target_config=HOPPER.format(**GPUS[kind])
+        platform="cuda", topology_name=kind, topology=f"1x1x{count}", target_config=config
     )
-    return Target(topology.devices, GPUS[kind]["memory"])
+    return Target(topology.devices, GPUS[kind]["memory"], f"{_versions()} {config}")
 
 
 def _tpus(text: str, kind: str, shape: str) -> Target:
@@ -90,7 +95,7 @@ def _tpus(text: str, kind: str, shape: str) -> Target:
     except Exception as error:  # libtpu's, of no class of its own
         first = str(error).strip().partition("\n")[0]
         raise InputError(f"--devices {text}: libtpu knows no such slice: {first}") from None
-    return Target(topology.devices, TPU_MEMORY[kind])
+    return Target(topology.devices, TPU_MEMORY[kind], f"{_versions()} {text}")
 
 
 def _stand_ins(count: int, memory: int, why: str) -> Target:
@@ -100,4 +105,10 @@ def _stand_ins(count: int, memory: int, why: str) -> Target:
     if len(devices) < count:
         raise InputError(f"{why}, and only {len(devices)} of {count} CPU devices are there to stand in")
     note = f"{why}: compiled for CPU devices instead, of which temporaries and collectives are not the target's"
-    return Target(devices[:count], memory, note)
+    return Target(devices[:count], memory, f"{_versions()} cpu {platform.machine()}", note)
+
+
+def _versions() -> str:
+    """Of every package that compiles."""
+    names = sorted(p.name for p in metadata.distributions() if re.match("jax|libtpu|nvidia", p.name))
+    return " ".join(f"{name}=={metadata.version(name)}" for name in names)

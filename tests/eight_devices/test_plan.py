@@ -20,6 +20,9 @@ def wish(rows=4, mode="diffusion"):
     return Wish(mode, rows, prompt=32, new_tokens=32, block_size=16, dtype=np.dtype(jnp.float32))
 
 
+COMPILERS = "this machine's, today"
+
+
 def load(*where):
     return tt.load(DATA / "tiny-0", dtype="float32", placement=tt.Placement(*where))
 
@@ -36,7 +39,7 @@ def divided():
 
 
 def test_towers_apart(divided):
-    found = plan(divided.config, divided.towers, wish())
+    found = plan(divided.config, divided.towers, wish(), COMPILERS)
     for name in "context", "denoiser":
         assert found.parameters[name] == held(divided.params[name])
         assert found.needed[name] > found.parameters[name] + found.states[name]
@@ -56,7 +59,7 @@ def test_vocabulary_is_not_gathered(divided):
     for vocab in (128, 4096):
         config = dataclasses.replace(divided.config, vocab_size=vocab)
         towers = place(tt.Placement(range(8), range(8), {"tensor": 4, "data": 2}), config, two_towers=True)
-        sizes.append(plan(config, towers, wish(mode="ar")).programs["context"]["generate"].collectives)
+        sizes.append(plan(config, towers, wish(mode="ar"), COMPILERS).programs["context"]["generate"].collectives)
     assert sizes[0] == sizes[1] != {}
 
 
@@ -68,12 +71,12 @@ def test_gathered_experts_are_seen(divided, monkeypatch):
         return routed(x, experts, weights, *whole)
 
     monkeypatch.setattr(moe, "routed_over_devices", gathering)
-    copies = plan(divided.config, divided.towers, wish()).programs["denoiser"]["write"].copies
+    copies = plan(divided.config, divided.towers, wish(), COMPILERS).programs["denoiser"]["write"].copies
     assert any(copy.startswith("all-gather") for copy in copies)
 
 
 def test_towers_together():
     model = load([0], [0])
-    found = plan(model.config, model.towers, wish())
+    found = plan(model.config, model.towers, wish(), COMPILERS)
     assert found.parameters == {"both": held(model.params)}
     assert list(found.programs["both"]) == ["generate"]
