@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from twotower_jax.errors import InputError
 
 if TYPE_CHECKING:
-    from twotower_jax.model import Generation, Model, Placement, load
+    from twotower_jax.model import Event, Generation, Model, Placement, Request, load
 
-__all__ = ["Generation", "InputError", "Model", "Placement", "load"]
+__all__ = ["Event", "Generation", "InputError", "Model", "Placement", "Request", "load"]
 
 
 def __getattr__(name: str):

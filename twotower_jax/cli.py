@@ -1,4 +1,4 @@
-"""The command: `twotower generate | demo | convert | train | export`."""
+"""The command: `twotower generate | batch | demo | convert | train | export | plan`."""
 
 import argparse
 import dataclasses
@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="twotower", description="Nemotron-TwoTower in JAX.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_generate(commands.add_parser("generate", help="write text", description=_generate.__doc__))
+    _add_batch(commands.add_parser("batch", help="answer a file of requests", description=_batch.__doc__))
     _add_convert(commands.add_parser("convert", help="convert a checkpoint", description=_convert.__doc__))
     _add_demo(commands.add_parser("demo", help="see the modes at work", description=_demo.__doc__))
     _add_train(commands.add_parser("train", help="train a model", description=_train.__doc__))
@@ -113,6 +114,24 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add("--mask-token-id", type=int, metavar="ID", help="diffusion: the id of [MASK] (3)")
     _add_placement(parser)
     _add_job(parser)
+    _add_json(parser)
+
+
+def _add_batch(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_batch)
+    add = parser.add_argument
+    add("source", metavar="IN", help="lines of JSON, which may be compressed (.gz, .bz2, .xz); - is stdin")
+    add("target", metavar="OUT", help="a file of results, gone on with if it is there; - is stdout")
+    add("--model", required=True, metavar="MODEL", help="as for generate")
+    add("--dtype", default="bfloat16", help="bfloat16 (default) or float32")
+    add("--mode", choices=MODES, default="diffusion", help="of lines that do not say (diffusion)")
+    add("--max-new-tokens", type=int, default=128, metavar="N", help="of lines that do not say (128)")
+    add("--eos-token-id", action="append", metavar="ID", help="id that ends a row, or none (config.json's)")
+    add("--slots", type=int, metavar="N", help="rows that are written at a time (what fits and pays)")
+    add("--memory", type=float, metavar="GB", help="of each device, for rows (most of what is free)")
+    add("--context", type=int, metavar="N", help="prompt and new tokens of a request at most (262144)")
+    add("--shard", default="0/1", metavar="I/N", help="of every N lines the one at place I, from 0")
+    _add_placement(parser)
     _add_json(parser)
 
 
@@ -240,6 +259,59 @@ def _demo(args: argparse.Namespace) -> int:
         print(f"  {mode['exact_match']:.0%} right, {mode['tokens_per_forward']:.2f} tokens per forward\n")
     print(f"{result['seconds']:.2f} s, and {result['compile_seconds']:.1f} s to compile")
     return 0
+
+
+def _batch(args: argparse.Namespace) -> int:
+    """Answer every line of a file once, in OpenAI's batch format; a job that was stopped goes on where it was."""
+    import jax
+
+    import twotower_jax as tt
+    from twotower_jax import inputs, sources
+    from twotower_jax.engine import job
+    from twotower_jax.programs import keep_between_runs
+    from twotower_jax.tokenizer import load_tokenizer
+
+    if args.json and args.target == job.STANDARD:
+        raise InputError("--json prints the summary where the results go; give OUT a name")
+    shard = re.fullmatch(r"(\d{1,9})/(\d{1,9})", args.shard)
+    if shard is None or not int(shard[1]) < int(shard[2]):
+        raise InputError(f"--shard takes I/N with I from 0 to N - 1, such as 0/4, not {args.shard!r}")
+    options = job.Options(
+        defaults={
+            "mode": args.mode,
+            "max_new_tokens": inputs.whole("--max-new-tokens", args.max_new_tokens, 0, 2**30),
+        },
+        eos=None if args.eos_token_id is None else _stop_ids(args.eos_token_id),
+        slots=None if args.slots is None else inputs.whole("--slots", args.slots, 1, 2**20),
+        memory=None if args.memory is None else int(1e9 * inputs.number("--memory", args.memory, 0, 1e6)),
+        positions=inputs.whole("--context", args.context or job.POSITIONS, 1, 2**31 - 1),
+        shard=(int(shard[1]), int(shard[2])),
+    )
+    placement = _placement(args)
+    if args.context_devices is None and args.denoiser_devices is None:  # rows are written on all of them
+        both = range(jax.device_count())
+        placement = dataclasses.replace(
+            placement, context_devices=both, denoiser_devices=both if _two_towers(args.model) else None
+        )
+    folder = sources.locate(args.model)
+    tokenizer = load_tokenizer(folder)
+    keep_between_runs()
+    model = tt.load(folder, dtype=args.dtype, placement=placement)
+    print(model.towers, file=sys.stderr)
+    summary = job.run(model, tokenizer, args.source, args.target, options, args.model)
+    print(summary, file=sys.stderr)
+    if args.json:
+        print(json.dumps(dataclasses.asdict(summary)))
+    if summary.interrupted:
+        print("twotower: stopped before the end; the same command goes on", file=sys.stderr)
+        return 130
+    return 1 if summary.errors else 0
+
+
+def _two_towers(model: str) -> bool:
+    from twotower_jax import sources
+
+    return not sources.config_alone(model)[1]
 
 
 def _train(args: argparse.Namespace) -> int:

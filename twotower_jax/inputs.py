@@ -105,3 +105,13 @@ def stop_ids(value: Any, vocab_size: int) -> np.ndarray:
     several = isinstance(value, Iterable) and not isinstance(value, str | bytes) and getattr(value, "ndim", 1) == 1
     ids = list(value) if several else [value]
     return np.asarray([whole("eos_token_id", i, 0, vocab_size - 1) for i in ids], np.int32)
+
+
+def sampling(temperature: Any, top_k: Any = None, top_p: Any = None) -> tuple[float, int | None, float | None]:
+    """The numbers of `Sampler.of`."""
+    temperature = float(np.float32(number("temperature", temperature, 0, 1e6)))
+    top_k = None if top_k is None else whole("top_k", top_k, 1)
+    top_p = None if top_p is None else number("top_p", top_p, 0, 1, open_low=True)
+    if top_p == 1:  # everything, whatever a float32 sum of probabilities comes to
+        top_p = None
+    return temperature, top_k, top_p

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,13 @@ from twotower_jax import distributed, generation, inputs, memory, sharding, sour
 from twotower_jax.config import Config
 from twotower_jax.decoding.autoregressive import MockAR
 from twotower_jax.decoding.diffusion import Diffusion
-from twotower_jax.decoding.progress import Request
+from twotower_jax.decoding.progress import Request as Batch
 from twotower_jax.decoding.sampling import Sampler
 from twotower_jax.decoding.unmasking import ThresholdUnmasking
-from twotower_jax.errors import InputError
+from twotower_jax.engine import sizes as engine_sizes
+from twotower_jax.engine.request import Event, Request
+from twotower_jax.engine.scheduler import Engine
+from twotower_jax.errors import InputError, short
 from twotower_jax.parameters import flatten, parameter_bytes, unflatten
 from twotower_jax.placement import Group, Placement, Towers, place
 from twotower_jax.programs import Program, Programs
@@ -85,13 +88,14 @@ class Model:
       config: dimensions.
       params: see `two_tower`.
       towers: the devices that the parameters are on.
+      programs: those that are compiled.
     """
 
     def __init__(self, config: Config, params: dict, towers: Towers | None = None):
         self.config, self.params = config, params
         one_device = Placement((0,), (0,) if self.two_towers else None)
         self.towers = towers or place(one_device, config, self.two_towers)
-        self._programs = Programs()
+        self.programs = Programs()
 
     @property
     def two_towers(self) -> bool:
@@ -175,6 +179,74 @@ class Model:
         rules = MockAR(self._sampler(temperature, top_k, top_p))
         return self._generate(rules, 1, prompts, max_new_tokens, rows, seed, eos_token_id)
 
+    def engine(
+        self,
+        *,
+        longest: int,
+        block_size: int = 16,
+        waiting: int | None = None,
+        slots: int | None = None,
+        memory: int | None = None,
+        mask_token_id: int = 3,
+    ) -> Engine:
+        """What runs many requests at once, each at its own pace; see `engine.Engine`.
+
+        Args:
+          longest: positions of the longest request, `Request.positions`.
+          block_size: the largest block of a request.
+          waiting: requests that are to come, if it is known.
+          slots: rows that are written at a time; by default as many as fit and pay.
+          memory: bytes of each device for them; by default most of what is free.
+          mask_token_id: the id of `[MASK]`.
+
+        Raises:
+          InputError: they do not fit, or the towers have devices of their own.
+        """
+        if self.towers.split:
+            raise InputError(
+                "the engine has no way yet to run towers on devices of their own; give both the same devices, such as "
+                "--context-devices 0,1 --denoiser-devices 0,1"
+            )
+        group, dtype = self.towers.context, two_tower.dtype_of(self.params)
+        sizes = {"longest": longest, "block_size": block_size, "waiting": waiting, "slots": slots, "room": memory}
+        slots, capacity, line = engine_sizes.plan(group, dtype, **sizes)
+        made = {"slots": slots, "capacity": capacity, "block_size": block_size, "mask_id": mask_token_id}
+        return Engine(group, self.programs, self.params, about=line, **made)
+
+    def stream(
+        self, requests: Iterable[Request], *, slots: int | None = None, mask_token_id: int = 3
+    ) -> Iterator[Event]:
+        """Runs requests, and gives what they write as it comes: a block, or up to 16 tokens, at a time.
+
+        Args:
+          requests: with keys of their own; every row gives what it would give alone (in bfloat16 but for near ties).
+          slots: rows that are written at a time; by default as many as fit and pay.
+          mask_token_id: the id of `[MASK]`.
+
+        Raises:
+          InputError: a request is wrong, which its line names; nothing has run then.
+        """
+        checked = []
+        for request in requests:
+            if not isinstance(request, Request):
+                raise InputError(f"requests are tt.Request, not {short(request)}")
+            try:
+                checked.append(request.checked(self.config.vocab_size, self.two_towers))
+            except InputError as error:
+                raise InputError(f"request {short(request.key)}: {error}") from None
+        if len({request.key for request in checked}) < len(checked):
+            raise InputError("two requests have the same key")
+        if not checked:
+            return iter(())
+        engine = self.engine(
+            longest=max(request.positions for request in checked),
+            block_size=max([r.block_size for r in checked if r.mode == "diffusion"], default=1),
+            waiting=len(checked),
+            slots=None if slots is None else inputs.whole("slots", slots, 1, 2**20),
+            mask_token_id=inputs.whole("mask_token_id", mask_token_id, 0, self.config.vocab_size - 1),
+        )
+        return engine.run(checked)
+
     def context_logits(self, ids: Sequence[int]) -> np.ndarray:
         """The context tower over one sequence: (L,) ids -> (L, V) float32."""
         ids = inputs.token_ids("ids", ids, self.config.vocab_size)
@@ -187,7 +259,7 @@ class Model:
         self._require_memory(group, 1, capacity, 4 * capacity * group.config.vocab_size, what)
         program = Program(two_tower.context_logits, (sharding.specs(self.config, "context"), ROWS, ROWS), LOGITS)
         arrays = ({"context": self.params["context"]}, *group.put((padded, np.full(rows, len(ids), np.int32)), ROWS))
-        return group.fetch(self._programs.run(group, program, *arrays, what=what, capacity=capacity))[0, : len(ids)]
+        return group.fetch(self.programs.run(group, program, *arrays, what=what, capacity=capacity))[0, : len(ids)]
 
     def _need_denoiser(self, name: str) -> None:
         if not self.two_towers:
@@ -197,14 +269,7 @@ class Model:
             )
 
     def _sampler(self, temperature: float, top_k: int | None, top_p: float | None) -> Sampler:
-        temperature = np.float32(inputs.number("temperature", temperature, 0, 1e6))
-        top_k = None if top_k is None else inputs.whole("top_k", top_k, 1)
-        top_p = None if top_p is None else inputs.number("top_p", top_p, 0, 1, open_low=True)
-        if top_p == 1:  # everything, whatever a float32 sum of probabilities comes to
-            top_p = None
-        if temperature == 0:
-            return Sampler(temperature=np.float32(1), greedy=True)
-        return Sampler(temperature, None if top_p is None else np.float32(top_p), top_k)
+        return Sampler.of(*inputs.sampling(temperature, top_k, top_p))
 
     def _generate(self, rules: Any, unit: int, prompts, max_new_tokens, rows, seed, eos_token_id) -> Generation:
         """Runs a decoding loop, in which `rules` write `unit` tokens at a time: a sampler, in AR."""
@@ -214,7 +279,7 @@ class Model:
             prompts = inputs.prompts(prompts, vocab)
             longest = max(map(len, prompts), default=1)
             sizes = generation.sizes(longest, limit, unit)
-            request = Request(
+            request = Batch(
                 prompts=np.zeros((len(prompts), generation.bucket(longest)), np.int32),
                 count=np.asarray([len(ids) for ids in prompts], np.int32),
                 rows=inputs.row_numbers(rows, len(prompts)),
@@ -230,10 +295,10 @@ class Model:
         what = f"{len(prompts)} rows of up to {longest} prompt tokens and {limit} new ones"
         for group in self.towers.groups:
             self._require_memory(group, len(prompts), sizes["capacity"], 4 * sizes["capacity"] * len(prompts), what)
-        run = functools.partial(generation.generate, self.towers, self._programs, self.params, rules, request, what)
-        compiled, start = self._programs.compile_seconds, time.perf_counter()
+        run = functools.partial(generation.generate, self.towers, self.programs, self.params, rules, request, what)
+        compiled, start = self.programs.compile_seconds, time.perf_counter()
         p = run(**sizes)
-        compile_seconds = self._programs.compile_seconds - compiled
+        compile_seconds = self.programs.compile_seconds - compiled
         seconds = time.perf_counter() - start - compile_seconds
         return Generation(
             tokens=[_cut(row[:n], limit, request.eos) for row, n in zip(p.tokens, p.length, strict=True)],

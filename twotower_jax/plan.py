@@ -139,7 +139,7 @@ def _bytes(group: Group, tree: Any, specs: Any) -> int:
 
 def _rules(wish: Wish) -> Any:
     number, whole = np.float32(0), np.int32(0)
-    sampler = Sampler(number, greedy=True)
+    sampler = Sampler.of(0)
     if wish.mode == "ar":
         return sampler
     if wish.mode == "mock-ar":

@@ -207,7 +207,14 @@ def context_logits(config: Config, params: dict, tokens: jax.Array, count: jax.A
     return logits.swapaxes(0, 1).reshape(tokens.shape[0], -1, config.vocab_size)[:, : tokens.shape[1]]
 
 
-def denoise(config: Config, params: dict, state: TowerState, block: jax.Array, t: jax.Array | None) -> jax.Array:
+def denoise(
+    config: Config,
+    params: dict,
+    state: TowerState,
+    block: jax.Array,
+    t: jax.Array | None,
+    size: jax.Array | None = None,
+) -> jax.Array:
     """One pass of the denoiser over a block, which sees the whole context and itself; nothing is kept.
 
     Args:
@@ -216,11 +223,12 @@ def denoise(config: Config, params: dict, state: TowerState, block: jax.Array, t
       state: the context tower's, read-only.
       block: (B, S) int32, masked positions holding the mask id.
       t: (B,) masked share of each row's block, or None for no time conditioning (mock-AR).
+      size: (B,) positions of each row's block, if it is shorter than S; the others see each other as if it ended there.
 
     Returns:
-      logits (B, S, V) float32.
+      logits (B, S, V) float32; at padding without meaning.
     """
-    hidden, _ = denoiser_hidden(config, params["denoiser"], state, block, t)
+    hidden, _ = denoiser_hidden(config, params["denoiser"], state, block, t, size=size)
     with jax.named_scope("denoiser_head"):
         return einsum("...d,dv->...v", hidden, params["denoiser"]["head"], out=jnp.float32)
 
@@ -234,10 +242,11 @@ def denoiser_hidden(
     causal: bool = False,
     count_experts: bool = False,
     remat: bool = False,
+    size: jax.Array | None = None,
 ) -> tuple[jax.Array, TowerState]:
     """`denoise` before its head: hidden states (B, S, D), and what the tower's layers return as their state."""
     with jax.named_scope("denoiser_tower"):
         modulation = None if t is None else TimeConditioning(config).apply({"params": denoiser["time"]}, t)
-        count = jnp.full_like(state.length, block.shape[1])
+        count = jnp.full_like(state.length, block.shape[1]) if size is None else size
         span = Span(state.length, count, causal, state.first, count_experts=count_experts)
         return Tower(config, remat).apply({"params": denoiser["tower"]}, block, state, span, modulation)

@@ -44,7 +44,7 @@ class Diffusion:
         self, config: Config, params: dict, state: TowerState, p: Progress, request: Request
     ) -> tuple[Progress, jax.Array]:
         """One block for every row that has not ended; it is what the context tower reads next (B, S)."""
-        block = masked_block(self, active=~p.done)
+        block = masked_block(self, ~p.done, jnp.full_like(p.length, self.block_size))
         keys = request.keys(p.unit * self.block_size, self.block_size)
         block = denoise_block(config, params, self, state, block, keys)
         return p.add(block.tokens, block.step, block.failed, holds(block.tokens, request.eos)), block.tokens
@@ -57,25 +57,37 @@ class Block:
     Attributes:
       tokens: (B, S) int32, the mask id where masked.
       masked: (B, S) bool; all False in a row that is finished.
+      confidence: (B, S) float32, the probability that each committed token had.
       step: (B,) int32, denoiser passes that the row has used.
       failed: (B,) bool, a logit was not finite.
+      size: (B,) int32, positions of the row's block; what is beyond is padding.
     """
 
     tokens: jax.Array
     masked: jax.Array
+    confidence: jax.Array
     step: jax.Array
     failed: jax.Array
+    size: jax.Array
+
+    @property
+    def real(self) -> jax.Array:
+        """(B, S) bool: no padding."""
+        return jnp.arange(self.tokens.shape[1]) < self.size[:, None]
 
 
-def masked_block(rules: Diffusion, active: jax.Array) -> Block:
-    """A block in which every position of the active (B,) rows is masked."""
+def masked_block(rules: Diffusion, active: jax.Array, size: jax.Array) -> Block:
+    """A block of `size` (B,) positions, all of them masked in the active (B,) rows."""
     shape = (active.shape[0], rules.block_size)
-    return Block(
+    block = Block(
         tokens=jnp.full(shape, rules.mask_id, jnp.int32),
-        masked=jnp.broadcast_to(active[:, None], shape),
+        masked=jnp.zeros(shape, bool),
+        confidence=jnp.zeros(shape, jnp.float32),
         step=jnp.zeros(shape[0], jnp.int32),
         failed=jnp.zeros(shape[0], bool),
+        size=size,
     )
+    return block.replace(masked=block.real & active[:, None])
 
 
 def denoise_step(
@@ -93,17 +105,19 @@ def denoise_step(
     """
     with jax.named_scope("denoise_step"):
         active = block.masked.any(-1)
-        t = block.masked.sum(-1) / rules.block_size
-        logits = two_tower.denoise(config, params, state, block.tokens, t)
+        t = block.masked.sum(-1) / block.size
+        logits = two_tower.denoise(config, params, state, block.tokens, t, block.size)
+        logits = jnp.where(block.real[..., None], logits, 0)
         vocabulary = Vocabulary(config.shards.tensor)
         failed = active & broken(logits, vocabulary)
         logits = jnp.where(vocabulary.ids(logits) == rules.mask_id, -jnp.inf, logits)
         predicted = rules.sampler.predict(logits, keys, vocabulary)
         confidence = vocabulary.probability(logits, predicted)
         commit = rules.unmasking.choose(confidence, block.masked, block.step) & ~failed[:, None]
-        return Block(
+        return block.replace(
             tokens=jnp.where(commit, predicted, block.tokens),
             masked=block.masked & ~commit & ~failed[:, None],
+            confidence=jnp.where(commit, confidence, block.confidence),
             step=block.step + active,
             failed=block.failed | failed,
         )

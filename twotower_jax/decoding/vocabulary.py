@@ -69,24 +69,28 @@ class Vocabulary:
         top = self.max(logits)
         return jnp.exp(self.at(logits, token) - top[..., 0]) / self.sum(jnp.exp(logits - top))[..., 0]
 
-    def kth_largest(self, logits: jax.Array, k: int) -> jax.Array:
-        """(..., 1)."""
-        best = jax.lax.top_k(logits, min(k, logits.shape[-1]))[0]
-        best = jnp.moveaxis(self._all(best), 0, -2).reshape(*best.shape[:-1], -1)
-        return jax.lax.top_k(best, k)[0][..., -1:]
+    def kth_largest(self, logits: jax.Array, k: jax.Array) -> jax.Array:
+        """The k-th largest logit, the least for a k beyond the vocabulary; k broadcasts to (..., 1): (..., 1)."""
+        return self._least(logits, jnp.ones_like(logits), k)
 
     def smallest_in_nucleus(self, logits: jax.Array, mass: jax.Array) -> jax.Array:
         """The least logit among the most probable tokens that come before `mass` is full, the first always: (..., 1).
 
-        Found by halving, between floats as whole numbers in their order, so that nothing need be sorted.
+        The mass broadcasts to (..., 1).
         """
         probability = jnp.exp(logits - self.max(logits))
-        wanted = mass * self.sum(probability)
+        return self._least(logits, probability, mass * self.sum(probability))
+
+    def _least(self, logits: jax.Array, weight: jax.Array, wanted: jax.Array) -> jax.Array:
+        """The least logit that is kept, if tokens are kept from the top until their weights reach what is wanted.
+
+        Found by halving, between floats as whole numbers in their order, so that nothing need be sorted.
+        """
         order = _as_ordered(logits)
 
         def kept(bound):
-            """Whether a token at the bound would be kept: those above it do not fill the mass."""
-            return self.sum(jnp.where(order > bound, probability, 0)) < wanted
+            """Whether a token at the bound would be kept: those above it do not weigh enough."""
+            return self.sum(jnp.where(order > bound, weight, 0)) < wanted
 
         def halve(_, ends):
             low, high = ends  # low is not kept, high is

@@ -25,3 +25,9 @@ def any_row(flags: jax.Array, c: Config) -> jax.Array:
     if c.shards.data * c.shards.expert > 1:
         found = jax.lax.psum(found.astype(jnp.int32), ("data", "expert")) > 0
     return found
+
+
+def row_sum(flags: jax.Array, c: Config) -> jax.Array:
+    """How many rows (B,), on all devices, have their flag set: () int32."""
+    count = flags.sum(dtype=jnp.int32)
+    return jax.lax.psum(count, ("data", "expert")) if c.shards.data * c.shards.expert > 1 else count

@@ -1,0 +1,406 @@
+"""A file of requests into a file of results, which a job that was stopped in any way goes on with."""
+
+import bz2
+import collections
+import contextlib
+import dataclasses
+import gzip
+import lzma
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from twotower_jax import interrupts, two_tower
+from twotower_jax.engine import sizes
+from twotower_jax.engine.lines import Answer, Reader, done_lines, find_stop, raw_lines, result
+from twotower_jax.engine.request import Event, Request
+from twotower_jax.engine.scheduler import Engine
+from twotower_jax.errors import InputError
+from twotower_jax.model import Model
+
+POSITIONS = 2**18  # of a request at most: what the released model was trained for
+GRACE = 30.0  # seconds that rows have to end when the job is asked to stop
+OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+STANDARD = "-"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a job is run.
+
+    Attributes:
+      defaults: fields of `Request` for lines that do not say.
+      eos: ids that end a row; the model's by default.
+      slots: rows that are written at a time; by default as many as fit and pay.
+      memory: bytes of each device for them; most of what is free by default.
+      positions: of prompt and new tokens together, at most.
+      shard: (i, n): of every n lines the one at place i.
+    """
+
+    defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
+    eos: list[int] | None = None
+    slots: int | None = None
+    memory: int | None = None
+    positions: int = POSITIONS
+    shard: tuple[int, int] = (0, 1)
+
+
+@dataclasses.dataclass
+class Summary:
+    """What a job did, in this run of it.
+
+    Attributes:
+      lines: of the input, or of its shard.
+      done_before: that earlier runs answered.
+      results, errors: lines that this run wrote.
+      prompt_tokens, tokens: of the results.
+      denoiser_forwards, context_forwards: passes that the rows needed, added over rows.
+      seconds: of generation, without compilation.
+      compile_seconds: of compilation.
+      tokens_per_second: tokens by seconds.
+      tokens_per_forward: tokens by denoiser passes; None if there were none.
+      latency: seconds from when a line is taken to when it is answered, without compilation: quantiles by name.
+      slots: rows at a time.
+      slot_use: share of slots that had a row while requests waited.
+      interrupted: whether it was asked to stop.
+    """
+
+    lines: int = 0
+    done_before: int = 0
+    results: int = 0
+    errors: int = 0
+    prompt_tokens: int = 0
+    tokens: int = 0
+    denoiser_forwards: int = 0
+    context_forwards: int = 0
+    seconds: float = 0.0
+    compile_seconds: float = 0.0
+    tokens_per_second: float = 0.0
+    tokens_per_forward: float | None = None
+    latency: dict[str, float] = dataclasses.field(default_factory=dict)
+    slots: int = 0
+    slot_use: float = 0.0
+    interrupted: bool = False
+
+    def __str__(self) -> str:
+        rate = "" if self.tokens_per_forward is None else f", {self.tokens_per_forward:.2f} tokens per denoiser forward"
+        waits = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.latency.items())
+        before = f", {self.done_before} were done before" if self.done_before else ""
+        return (
+            f"{self.results} results and {self.errors} errors of {self.lines} lines{before}\n"
+            f"{self.tokens} tokens in {self.seconds:.1f} s, and {self.compile_seconds:.1f} s to compile: "
+            f"{self.tokens_per_second:.0f} tokens/s{rate}\n"
+            f"{self.denoiser_forwards} denoiser and {self.context_forwards} context forwards; "
+            f"{self.slots} slots, {self.slot_use:.0%} of them in use; latency {waits or 'of none'}"
+        )
+
+
+def run(
+    model: Model, tokenizer: Tokenizer | None, source: str, target: str, options: Options, name: str = "model"
+) -> Summary:
+    """Answers every line of a file, once.
+
+    Results are written as they come, in any order; lines that `target` answers already are left out, so that the same
+    call goes on where another was stopped. A line that is wrong is answered by its error.
+
+    Args:
+      model: what writes.
+      tokenizer: its own, if it has one.
+      source: a file of lines, which may be compressed (.gz, .bz2, .xz), or `-` for standard input.
+      target: a file, or `-` for standard output, which cannot be gone on with.
+      options: how.
+      name: of the model, for results of lines that name none.
+
+    Raises:
+      InputError: a file cannot be read or written, or holds something else; what is written stays, and counts.
+    """
+    with _opened(source) as lines, _Results(target) as results, _Stop() as stop:
+        return _Job(model, tokenizer, lines, results, options, name, stop).run()
+
+
+class _Job:
+    def __init__(self, model, tokenizer, lines, results, options: Options, name: str, stop: "_Stop"):
+        self._model, self._tokenizer, self._lines, self._results = model, tokenizer, lines, results
+        self._options, self._name, self._stop = options, name, stop
+        self._eos = model.config.eos_token_ids if options.eos is None else options.eos
+        group, self._dtype = model.towers.context, two_tower.dtype_of(model.params)
+        possible = sizes.longest(group, self._dtype, options.defaults.get("block_size", 16), options.memory)
+        self._reader = Reader(
+            tokenizer,
+            model.config.vocab_size,
+            model.two_towers,
+            self._eos,
+            options.defaults,
+            min(options.positions, possible),
+        )
+        self.summary = Summary()
+        self._latencies: list[float] = []
+
+    def _clock(self) -> float:
+        """Seconds, of which compilation takes none."""
+        return time.perf_counter() - self._model.programs.compile_seconds
+
+    def run(self) -> Summary:
+        s, compiled = self.summary, self._model.programs.compile_seconds
+        survey = self._survey()
+        with tqdm(total=s.lines, initial=s.done_before + s.errors, unit="requests", disable=None) as bar:
+            start = self._clock()
+            for longest, count in survey.classes():
+                self._run_class(survey, longest, count, bar)
+            s.compile_seconds = self._model.programs.compile_seconds - compiled
+            s.seconds = self._clock() - start
+        s.tokens_per_second = s.tokens / s.seconds if s.tokens else 0.0
+        s.tokens_per_forward = s.tokens / s.denoiser_forwards if s.denoiser_forwards else None
+        if self._latencies:
+            values = np.quantile(self._latencies, [0.5, 0.9, 0.99]).tolist()
+            s.latency = dict(zip(("p50", "p90", "p99"), values, strict=True))
+        s.interrupted = self._stop.asked
+        return s
+
+    def _mine(self) -> Iterator[tuple[int, bytes, int]]:
+        """The lines of this shard that no earlier run has answered."""
+        i, n = self._options.shard
+        for number, raw, checksum in self._lines():
+            if (number - 1) % n == i:
+                yield number, raw, checksum
+
+    def _survey(self) -> "_Survey":
+        """Looks at every line: answers those that are wrong, and finds what the others need."""
+        s, survey = self.summary, _Survey(self._model, self._dtype, self._options)
+        first: dict[str, int] = {}
+        for number, raw, checksum in self._mine():
+            if self._stop.asked:
+                break
+            s.lines += 1
+            line = self._reader.line(number, raw, checksum)
+            if line.custom_id is not None and first.setdefault(line.custom_id, number) != number:
+                why = f"custom_id {line.custom_id!r} is line {first[line.custom_id]}'s already"
+                line = dataclasses.replace(line, ask=None, error=why)
+            if self._results.has(number, checksum):
+                s.done_before += 1
+            elif line.ask is None:
+                s.errors += 1
+                self._results.write(result(Answer(line, error=line.error), self._tokenizer, self._name))
+            else:
+                survey.add(number, line.ask.request)
+        return survey
+
+    def _run_class(self, survey: "_Survey", longest: int, count: int, bar: tqdm) -> None:
+        """Answers the lines of one class of lengths."""
+        if self._stop.asked:
+            return
+        model, s = self._model, self.summary
+        engine = model.engine(
+            longest=longest,
+            block_size=survey.block_size,
+            waiting=count,
+            slots=self._options.slots,
+            memory=self._options.memory,
+        )
+        print(engine.about, file=sys.stderr)
+        answers: dict[int, Answer] = {}
+        began: dict[int, float] = {}
+
+        def requests() -> Iterator[Request]:
+            for number, raw, checksum in self._mine():
+                if self._stop.asked:
+                    return
+                if survey.longest_of(number) == longest:
+                    line = self._reader.line(number, raw, checksum)
+                    answers[number], began[number] = Answer(line), self._clock()
+                    yield line.ask.request
+
+        for event in engine.run(requests()):
+            if (answer := self._heard(engine, answers[event.key], event)) is not None:
+                del answers[event.key]
+                self._latencies.append(self._clock() - began.pop(event.key))
+                self._write(answer)
+                bar.update()
+                spent = bar.format_dict["elapsed"] or 1
+                rate = s.tokens / s.denoiser_forwards if s.denoiser_forwards else 0
+                bar.set_postfix_str(f"{s.tokens / spent:.0f} tokens/s, {rate:.1f} a forward")
+            if self._stop.late:
+                break
+        s.slots, s.slot_use = engine.slots, engine.use.share
+
+    def _heard(self, engine: Engine, answer: Answer, event: Event) -> Answer | None:
+        """The answer, if it is complete with this event."""
+        before = len(answer.tokens)
+        answer.tokens += event.tokens
+        answer.logprobs += event.logprobs
+        answer.forwards = (event.denoiser_forwards, event.context_forwards)
+        answer.end, answer.error = event.end, event.error
+        if find_stop(self._tokenizer, answer, before):
+            engine.cancel(event.key)
+        return None if answer.end is None else answer
+
+    def _write(self, answer: Answer) -> None:
+        s, ask = self.summary, answer.line.ask
+        self._results.write(result(answer, self._tokenizer, self._name))
+        s.results, s.errors = s.results + (answer.error is None), s.errors + (answer.error is not None)
+        s.prompt_tokens, s.tokens = s.prompt_tokens + len(ask.request.prompt), s.tokens + len(answer.tokens)
+        s.denoiser_forwards += answer.forwards[0]
+        s.context_forwards += answer.forwards[1]
+
+
+class _Survey:
+    """What the lines to be answered need, so that long requests do not cost the short ones their slots."""
+
+    def __init__(self, model: Model, dtype: np.dtype, options: Options):
+        self._group, self._dtype, self._options = model.towers.context, dtype, options
+        self.block_size = 1
+        self._size: dict[int, int] = {}  # a line's power of two
+        self._longest: collections.Counter[int] = collections.Counter()
+
+    def add(self, number: int, request: Request) -> None:
+        size = max(request.positions, 1).bit_length()
+        self._size[number] = size
+        self._longest[size] = max(self._longest[size], request.positions)
+        if request.mode == "diffusion":
+            self.block_size = max(self.block_size, request.block_size)
+
+    def classes(self) -> list[tuple[int, int]]:
+        """The longest request and the number of requests of each class; within one all slots are equally long.
+
+        Requests are of one class if there are as many slots for the longest of them as for the shortest.
+        """
+        counts = collections.Counter(self._size.values())
+        found: list[tuple[int, int, int]] = []
+        self._class: dict[int, int] = {}
+        for size in sorted(counts, reverse=True):
+            slots = self._slots(self._longest[size])
+            if found and slots <= found[-1][2]:
+                longest, count, _ = found[-1]
+                found[-1] = (longest, count + counts[size], slots)
+            else:
+                found.append((self._longest[size], counts[size], slots))
+            self._class[size] = found[-1][0]
+        return [(longest, count) for longest, count, _ in reversed(found)]
+
+    def _slots(self, longest: int) -> int:
+        sizes_ = {"block_size": self.block_size, "slots": self._options.slots, "room": self._options.memory}
+        return sizes.plan(self._group, self._dtype, longest=longest, **sizes_)[0]
+
+    def longest_of(self, number: int) -> int | None:
+        """Of a line's class; None if it is not to be answered."""
+        return self._class[self._size[number]] if number in self._size else None
+
+
+class _Results:
+    """The file of results: whole lines alone, whatever happens."""
+
+    def __init__(self, target: str):
+        self._target = target
+        self._done: dict[int, str] = {}
+
+    def __enter__(self) -> "_Results":
+        if self._target == STANDARD:
+            self._file = sys.stdout.fileno()
+            return self
+        try:
+            path = Path(self._target)
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            self._done = done_lines(path)
+        except OSError as error:
+            raise InputError(f"cannot write {self._target}: {error.strerror}") from None
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._target != STANDARD:
+            os.close(self._file)
+
+    def has(self, number: int, checksum: int) -> bool:
+        """Whether a line is answered.
+
+        Raises:
+          InputError: another line of this number is.
+        """
+        if number in self._done and self._done[number] != f"{checksum:08x}":
+            raise InputError(
+                f"{self._target} answers another line {number} than there is now; give the same input, or another file"
+            )
+        return number in self._done
+
+    def write(self, line: bytes) -> None:
+        standard = self._target == STANDARD
+        end = 0 if standard else os.lseek(self._file, 0, os.SEEK_END)
+        try:
+            written = 0
+            while written < len(line):
+                written += os.write(self._file, line[written:])
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            if not standard:
+                os.ftruncate(self._file, end)
+            raise InputError(
+                f"cannot write {self._target}: {error.strerror}; what is written stays, and the same command goes on"
+            ) from None
+
+
+class _Stop:
+    """Whether the job was asked to stop; a second signal stops it at once.
+
+    Attributes:
+      asked: whether a signal came.
+    """
+
+    def __enter__(self) -> "_Stop":
+        self.asked, self._until = False, 0.0
+        self._before = {}
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._heard) for number in interrupts.ENDING}
+        return self
+
+    def _heard(self, number: int, frame: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked, self._until = True, time.monotonic() + GRACE
+        print(f"twotower: stopping; rows at work have {GRACE:.0f} s to end", file=sys.stderr)
+
+    @property
+    def late(self) -> bool:
+        """Whether the rows have had their time."""
+        return self.asked and time.monotonic() > self._until
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+@contextlib.contextmanager
+def _opened(source: str) -> Iterator[Callable[[], Iterator[tuple[int, bytes, int]]]]:
+    """What reads the lines of a file from the beginning, each time that it is called."""
+    with contextlib.ExitStack() as stack:
+        if source == STANDARD:
+            path = Path(stack.enter_context(tempfile.NamedTemporaryFile(suffix=".jsonl")).name)
+            with open(path, "wb") as kept:
+                shutil.copyfileobj(sys.stdin.buffer, kept)
+        else:
+            path = Path(source)
+
+        def lines() -> Iterator[tuple[int, bytes, int]]:
+            try:
+                with _open(path) as file:
+                    yield from raw_lines(file)
+            except (OSError, EOFError, lzma.LZMAError) as error:
+                raise InputError(f"cannot read {source}: {getattr(error, 'strerror', None) or error}") from None
+
+        with contextlib.closing(lines()) as first:  # that it can be read is known before anything else is done
+            next(first, None)
+        yield lines
+
+
+def _open(path: Path) -> BinaryIO:
+    return OPENERS.get(path.suffix, open)(path, "rb")

@@ -1,0 +1,116 @@
+"""What a caller asks of the engine, and what it hears back."""
+
+import dataclasses
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+
+from twotower_jax import inputs
+from twotower_jax.errors import InputError
+
+MODES = ("diffusion", "ar", "mock-ar")
+STOP_IDS = 16  # ids that may end a row
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One row. What it gives depends on nothing but these fields and the model.
+
+    Attributes:
+      key: tells the caller's requests apart; events carry it.
+      prompt: token ids.
+      mode: `diffusion`, `ar` or `mock-ar`.
+      max_new_tokens: need not be a multiple of the block size.
+      block_size: diffusion: positions denoised together, at most the engine's.
+      steps_per_block: diffusion: most denoiser passes a block.
+      confidence_threshold: diffusion: predictions above this probability are committed, in [0, 1].
+      temperature: 0 is greedy.
+      top_k, top_p: draw from the k most probable tokens, from the nucleus of mass p; None restricts nothing.
+      eos_token_id: id or ids that end the row, at most 16.
+      seed, row: what the draws depend on, with the position.
+    """
+
+    key: Hashable
+    prompt: Sequence[int]
+    mode: str = "diffusion"
+    max_new_tokens: int = 128
+    block_size: int = 16
+    steps_per_block: int = 16
+    confidence_threshold: float = 0.8
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    eos_token_id: int | Sequence[int] | None = None
+    seed: int = 0
+    row: int = 0
+
+    def checked(self, vocab_size: int, two_towers: bool) -> "Request":
+        """The request with its prompt as an array (L,) int32, and its stop ids as one.
+
+        Raises:
+          InputError: what is wrong, in one line.
+        """
+        if self.mode not in MODES:
+            raise InputError(f"mode {self.mode!r} does not exist; choose {', '.join(MODES)}")
+        if self.mode != "ar" and not two_towers:
+            raise InputError(f"mode {self.mode} needs a denoiser, and this model is a backbone: it has ar alone")
+        eos = inputs.stop_ids(self.eos_token_id, vocab_size)
+        if len(eos) > STOP_IDS:
+            raise InputError(f"eos_token_id has {len(eos)} ids; at most {STOP_IDS} can end a row")
+        inputs.number("confidence_threshold", self.confidence_threshold, 0, 1)
+        inputs.whole("steps_per_block", self.steps_per_block, 1, 2**31 - 1)
+        temperature, top_k, top_p = inputs.sampling(self.temperature, self.top_k, self.top_p)
+        return dataclasses.replace(
+            self,
+            prompt=inputs.token_ids("prompt", self.prompt, vocab_size),
+            max_new_tokens=inputs.whole("max_new_tokens", self.max_new_tokens, 0, 2**30),
+            block_size=inputs.whole("block_size", self.block_size, 1, 2**16),
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            eos_token_id=eos,
+            seed=inputs.whole("seed", self.seed, 0, 2**32 - 1),
+            row=inputs.whole("row", self.row, 0, 2**31 - 1),
+        )
+
+    @property
+    def read_first(self) -> int:
+        """Tokens of the prompt that the context tower reads before anything is written: one token a step begins with
+        the last one.
+        """
+        return len(self.prompt) - (self.mode != "diffusion")
+
+    @property
+    def positions(self) -> int:
+        """Of the context's state, that the row needs at most: the block that ends a row is never read."""
+        unit = self.block_size if self.mode == "diffusion" else 1
+        return self.read_first + max(0, -(-self.max_new_tokens // unit) - (self.mode == "diffusion")) * unit
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """What a row wrote: a block, or some tokens; the last one ends it.
+
+    Attributes:
+      key: the request's.
+      tokens: new ones, up to and including one that ends the row.
+      logprobs: of each token, the logarithm of the probability that it had when it was committed, before temperature.
+      end: None; or `stop`, `length`, `cancelled` or `error`.
+      error: None, or why the row ended early.
+      denoiser_forwards: passes of the denoiser that the row has needed so far.
+      context_forwards: passes of the context tower, the prompt's counted as one.
+    """
+
+    key: Hashable
+    tokens: list[int]
+    logprobs: list[float]
+    end: str | None
+    error: str | None
+    denoiser_forwards: int
+    context_forwards: int
+
+
+def cut(tokens: np.ndarray, eos: np.ndarray) -> int:
+    """How many of the tokens come up to and including the first that ends a row."""
+    ends = np.flatnonzero(np.isin(tokens, eos))
+    return int(ends[0]) + 1 if len(ends) else len(tokens)

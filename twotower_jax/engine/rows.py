@@ -1,0 +1,183 @@
+"""Rows on the devices: what is asked of each, how far it is, and the context's state of it."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from twotower_jax.config import Config
+from twotower_jax.decoding.diffusion import Block
+from twotower_jax.decoding.sampling import ALL, Sampler, position_keys, row_keys
+from twotower_jax.decoding.unmasking import ThresholdUnmasking
+from twotower_jax.engine.request import MODES, STOP_IDS, Request
+from twotower_jax.state import TowerState, empty_state
+
+EMPTY = -1  # the ticket of a place that no row has
+
+
+@struct.dataclass
+class Rows:
+    """What is asked of n rows, and how far they are; every array is (n,), int32 where nothing else is said.
+
+    Attributes:
+      ticket: the request's number, `EMPTY` where there is no row.
+      mode: an index of `MODES`.
+      count: tokens of the prompt.
+      limit: new tokens.
+      size: of a block.
+      steps: most denoiser passes a block.
+      threshold: float32.
+      temperature, top_p: float32.
+      top_k: see `Sampler`.
+      eos: (n, STOP_IDS), EMPTY where there are fewer.
+      seed: uint32.
+      number: with the seed and the position, what draws depend on.
+      last: the token that is read next where one is written at a time.
+      written: new tokens so far.
+    """
+
+    ticket: jax.Array
+    mode: jax.Array
+    count: jax.Array
+    limit: jax.Array
+    size: jax.Array
+    steps: jax.Array
+    threshold: jax.Array
+    temperature: jax.Array
+    top_p: jax.Array
+    top_k: jax.Array
+    eos: jax.Array
+    seed: jax.Array
+    number: jax.Array
+    last: jax.Array
+    written: jax.Array
+
+    def of_mode(self, mode: str) -> jax.Array:
+        """(n,) bool: the rows that are decoded so."""
+        return (self.ticket != EMPTY) & (self.mode == MODES.index(mode))
+
+    def keys(self, size: int) -> jax.Array:
+        """Of the next `size` positions, (n, size)."""
+        positions = (self.count + self.written)[:, None] + jnp.arange(size)
+        return position_keys(row_keys(self.seed, self.number), positions)
+
+    @property
+    def sampler(self) -> Sampler:
+        return Sampler(self.temperature, self.top_k, self.top_p, draws=True)
+
+    @property
+    def unmasking(self) -> ThresholdUnmasking:
+        return ThresholdUnmasking(self.threshold, self.steps)
+
+    def ends(self, tokens: jax.Array) -> jax.Array:
+        """Which of the tokens (n, L) end their row, (n, L) bool."""
+        return (tokens[..., None] == self.eos[:, None]).any(-1)
+
+
+def as_rows(requests: Sequence[Request | None], tickets: Sequence[int]) -> Rows:
+    """Checked requests as rows on the host; where there is None the place is empty."""
+
+    def column(of, dtype, empty=0):
+        return np.asarray([empty if r is None else of(r) for r in requests], dtype)
+
+    eos = np.full((len(requests), STOP_IDS), EMPTY, np.int32)
+    for own, request in zip(eos, requests, strict=True):
+        if request is not None:
+            own[: len(request.eos_token_id)] = request.eos_token_id
+    return Rows(
+        ticket=np.asarray(tickets, np.int32),
+        mode=column(lambda r: MODES.index(r.mode), np.int32),
+        count=column(lambda r: len(r.prompt), np.int32),
+        limit=column(lambda r: r.max_new_tokens, np.int32),
+        size=column(lambda r: r.block_size, np.int32, 1),
+        steps=column(lambda r: r.steps_per_block, np.int32, 1),
+        threshold=column(lambda r: r.confidence_threshold, np.float32),
+        temperature=column(lambda r: r.temperature, np.float32),
+        top_p=column(lambda r: 2 if r.top_p is None else r.top_p, np.float32, 2),
+        top_k=column(lambda r: ALL if r.top_k is None else min(r.top_k, ALL), np.int32, ALL),
+        eos=eos,
+        seed=column(lambda r: r.seed, np.uint32),
+        number=column(lambda r: r.row, np.int32),
+        last=column(lambda r: r.prompt[-1], np.int32),
+        written=np.zeros(len(requests), np.int32),
+    )
+
+
+@struct.dataclass
+class Bench:
+    """R rows whose prompts are being read, or wait for a slot.
+
+    Attributes:
+      rows: the rows.
+      waiting: (R,) bool, prompts that are read.
+      state: the context's.
+    """
+
+    rows: Rows
+    waiting: jax.Array
+    state: TowerState
+
+
+@struct.dataclass
+class Slots:
+    """B rows that are being written.
+
+    Attributes:
+      rows: the rows.
+      state: the context's, before each row's block.
+      block: the blocks, of rows that are denoised.
+      begun: (B,) bool, rows whose block is being denoised.
+    """
+
+    rows: Rows
+    state: TowerState
+    block: Block
+    begun: jax.Array
+
+
+@struct.dataclass
+class News:
+    """What B slots wrote in a round.
+
+    Attributes:
+      ticket: (B,) int32, whose row is or was there.
+      tokens: (B, n) int32, of which `count` (B,) are new.
+      probability: (B, n) float32, that the tokens had.
+      count: (B,) int32.
+      forwards: (B,) int32, passes that the complete blocks or tokens needed, of the denoiser, or of AR's context tower.
+      ended: (B,) bool.
+      failed: (B,) bool, ended as a logit was not finite.
+    """
+
+    ticket: jax.Array
+    tokens: jax.Array
+    probability: jax.Array
+    count: jax.Array
+    forwards: jax.Array
+    ended: jax.Array
+    failed: jax.Array
+
+
+def empty_bench(config: Config, rows: int, capacity: int, dtype: jnp.dtype) -> Bench:
+    """With no rows."""
+    return Bench(_no_rows(rows), jnp.zeros(rows, bool), empty_state(config, rows, capacity, dtype))
+
+
+def empty_slots(config: Config, rows: int, capacity: int, block_size: int, dtype: jnp.dtype) -> Slots:
+    """With no rows."""
+    shape, none, no = (rows, block_size), jnp.zeros(rows, jnp.int32), jnp.zeros(rows, bool)
+    block = Block(
+        tokens=jnp.zeros(shape, jnp.int32),
+        masked=jnp.zeros(shape, bool),
+        confidence=jnp.zeros(shape, jnp.float32),
+        step=none,
+        failed=no,
+        size=none + 1,
+    )
+    return Slots(_no_rows(rows), empty_state(config, rows, capacity, dtype), block, no)
+
+
+def _no_rows(count: int) -> Rows:
+    return jax.tree.map(jnp.asarray, as_rows([None] * count, [EMPTY] * count))

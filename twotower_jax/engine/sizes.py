@@ -1,0 +1,75 @@
+"""How many rows the engine has room for."""
+
+import jax
+import jax.numpy as jnp
+
+from twotower_jax import memory
+from twotower_jax.errors import InputError
+from twotower_jax.generation import bucket
+from twotower_jax.placement import Group
+from twotower_jax.state import state_bytes
+
+SLOTS = {"cpu": 16}  # more gain nothing there
+OTHER_SLOTS = 64
+USABLE = 0.9  # of what is free; the rest is for what programs need besides
+
+
+def row_bytes(group: Group, capacity: int, block_size: int, dtype: jnp.dtype) -> int:
+    """Of a slot on one device: its state, half of a row on the bench, and what a pass makes of its block."""
+    c = group.config
+    scores = c.attention_heads * (capacity + block_size)  # float32, and their exponentials
+    logits = 3 * c.vocab_size  # float32: logits, probabilities and one more
+    return state_bytes(c, 1, capacity, dtype) * 3 // 2 + 4 * block_size * (2 * scores + logits)
+
+
+def longest(group: Group, dtype: jnp.dtype, block_size: int, room: int | None = None) -> int:
+    """The positions that a single row can have."""
+    free = _free(group) if room is None else room
+    low, high = 0, 2**31
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = row_bytes(group, bucket(middle), block_size, dtype) <= free
+        low, high = (middle, high) if fits else (low, middle)
+    return low
+
+
+def _free(group: Group) -> int:
+    return int(USABLE * min(memory.free_bytes(device) for device in group.local_devices))
+
+
+def plan(
+    group: Group,
+    dtype: jnp.dtype,
+    *,
+    longest: int,
+    block_size: int,
+    waiting: int | None = None,
+    slots: int | None = None,
+    room: int | None = None,
+) -> tuple[int, int, str]:
+    """The number of slots, the positions of each, and both in one line.
+
+    Args:
+      group: the devices.
+      dtype: of the model.
+      longest: positions of the longest request.
+      block_size: the largest.
+      waiting: requests, if it is known; more slots are not made.
+      slots: that are asked for.
+      room: bytes of a device that may be used; what is free by default.
+
+    Raises:
+      InputError: they do not fit.
+    """
+    capacity = bucket(max(1, longest))
+    one = row_bytes(group, capacity, block_size, dtype)
+    free = _free(group) if room is None else room
+    fit = free // one * group.row_shards
+    numbers = f"{one / 1e9:.3g} GB a row of {capacity} positions, {free / 1e9:.3g} GB of a device to use"
+    if fit < 1 or capacity >= 2**31:
+        raise InputError(f"not one row fits: {numbers}")
+    if slots is not None and slots > fit:
+        raise InputError(f"{slots} slots do not fit, {fit} would: {numbers}")
+    most = SLOTS.get(jax.default_backend(), OTHER_SLOTS) * group.row_shards
+    chosen = slots or min(most, fit, max(1, waiting) if waiting is not None else most)
+    return chosen, capacity, f"{chosen} slots: {numbers}"
