@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,15 +14,19 @@ from conftest import DATA, load
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [4]]
 
 
-def start(port, *options, second=()):
-    """`generate` in two processes; the second has other options."""
-    command = [sys.executable, "-m", "twotower_jax.cli", "generate", str(DATA / "tiny-0"), "--dtype", "float32"]
+def start(port, *options, second=(), models=(DATA / "tiny-0",) * 2, devices=(2, 2)):
+    """`generate` in two processes; the second has other options, and each a model and a number of devices."""
+    command = [sys.executable, "-m", "twotower_jax.cli", "generate", "--dtype", "float32"]
     for prompt in PROMPTS:
         command += ["--ids", ",".join(map(str, prompt))]
     command += ["--max-new-tokens", "20", "--json", "--coordinator", f"localhost:{port}", "--processes", "2", *options]
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
-    return [subprocess.Popen([*command, *more], **pipes) for more in (["--process", "0"], ["--process", "1", *second])]
+    jobs = []
+    for i, more in enumerate(([], second)):
+        flags = f"--xla_force_host_platform_device_count={devices[i]}"
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+        jobs.append(subprocess.Popen([*command, models[i], "--process", str(i), *more], env=environment, **pipes))
+    return jobs
 
 
 def ends(jobs):
@@ -78,6 +83,23 @@ def test_processes_that_disagree(free_port, second, first_says, second_says):
     assert statuses == [2, 2]
     assert first_says in said[0][1]
     assert second_says in said[1][1]
+
+
+def test_processes_with_other_files(free_port, tmp_path):
+    """A stale copy on one machine: what the towers say would be of neither model."""
+    stale = tmp_path / "tiny-0"
+    shutil.copytree(DATA / "tiny-0", stale)
+    raw = json.loads((stale / "config.json").read_text())
+    (stale / "config.json").write_text(json.dumps(raw | {"layer_norm_epsilon": 0.01}))
+    said, statuses = ends(start(free_port, models=(DATA / "tiny-0", stale)))
+    assert statuses == [2, 2]
+    assert "process 1 was told something else than process 0; give all the same options, and the same" in said[0][1]
+
+
+def test_processes_with_other_numbers_of_devices(free_port):
+    said, statuses = ends(start(free_port, devices=(1, 2)))
+    assert statuses == [2, 2]
+    assert all("the processes have 1, 2 devices; give each as many" in error for _, error in said)
 
 
 @pytest.mark.slow

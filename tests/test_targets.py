@@ -50,6 +50,13 @@ def test_plan():
     assert "context: prefill, compiled in" in done.stderr
 
 
+def test_what_does_not_fit():
+    """The exit status tells a script so."""
+    options = [str(DATA / "tiny-0"), "--devices", "h100x1", "--rows", "1000000", "--context", "2048"]
+    done = run(*options, "--max-new-tokens", "32", "--mode", "ar", "--json")
+    assert (done.returncode, json.loads(done.stdout)["fits"]) == (1, False), done.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from twotower_jax.parameters import Parameter, Part, cut, flatten, unflatten, wh
 
 PARAMS = "params"
 CONTENTS = "checkpoint.json"
+FORMAT = 2  # of both; 1 was without slices of large matrices
 GROUP_BYTES = 2**25  # small parameters are written and read together, up to this much
 PIECE_BYTES = 2**20  # of an array have a checksum of their own, about, so that a part can be read alone
 CHUNK_BYTES = 2**23  # of an array lie together at most
@@ -77,53 +78,64 @@ class ConvertedFolder:
         if problems:
             raise InputError("\n".join(problems))
         self._order = list(shapes)
-        self._stacked = {path for path, p in expected.items() if p.stacked}
+        self._parameters = expected
         self._ahead: dict[tuple[str, ...], np.ndarray] = {}
-        self._last: tuple[tuple[str, ...], np.ndarray] | None = None
+        self._last: tuple[Any, np.ndarray] | None = None  # what was read last, if another part of it may be wanted
 
     def dtype(self, path: tuple[str, ...]) -> np.dtype:
         """The dtype that a parameter is stored in."""
         return np.dtype(self._stored[path].dtype)
 
     def read(self, path: tuple[str, ...], part: Part | None = None) -> np.ndarray:
-        """One parameter, or a part of it: of large ones no more is read than the pieces that the part touches.
+        """One parameter, or a part of it: of large ones no more is read than the pieces that the part touches, and for
+        parts in a row that touch the same ones, once.
 
         Quick in the description's order: small ones that follow are read along.
         """
-        if self._pieces(path).count > 1:
-            return self._large(path, part or whole(self._stored[path].shape))
+        pieces = self._pieces(path)
+        if pieces.count > 1:
+            part = part or whole(self._stored[path].shape)
+            found = [
+                self._large(path, (*part[: pieces.axis], (r,), *part[pieces.axis + 1 :])) for r in part[pieces.axis]
+            ]
+            return found[0] if len(found) == 1 else np.concatenate(found, pieces.axis)
         if part is None:
             return self._small(path)
-        if self._last is None or self._last[0] != path:
-            self._last = (path, self._small(path))
-        return cut(self._last[1], part)
+        return cut(self._once(path, lambda: self._small(path)), part)
+
+    def _once(self, key: Any, read: Callable[[], np.ndarray]) -> np.ndarray:
+        """What was read last, if the key is the same."""
+        if self._last is None or self._last[0] != key:
+            self._last = None  # before the next one comes
+            self._last = (key, read())
+        return self._last[1]
 
     def _pieces(self, path: tuple[str, ...]) -> "Pieces":
-        return Pieces.of(self._stored[path].shape, self.dtype(path), path in self._stacked)
+        return Pieces.of(self._parameters[path], self._stored[path].shape, self.dtype(path))
 
     def _large(self, path: tuple[str, ...], part: Part) -> np.ndarray:
+        """A part with a single range of the axis of pieces."""
+        pieces, shape = self._pieces(path), self._stored[path].shape
+        (wanted,) = part[pieces.axis]
+        first, last = wanted.start // pieces.length, -(-wanted.stop // pieces.length)
+        inner = slice(wanted.start - first * pieces.length, wanted.stop - first * pieces.length)
+        inside = (*part[: pieces.axis], (inner,), *part[pieces.axis + 1 :])
+        if all(r == s for i, (r, s) in enumerate(zip(part, whole(shape), strict=True)) if i != pieces.axis):
+            return cut(self._checked(path, first, last), inside)
+        return cut(self._once((path, first, last), lambda: self._checked(path, first, last)), inside)
+
+    def _checked(self, path: tuple[str, ...], first: int, last: int) -> np.ndarray:
+        """The pieces from `first` to before `last` of an array."""
         name, pieces = "/".join(path), self._pieces(path)
         home = {"driver": "file", "path": f"{self._path}/state/"}
         store = {"driver": "zarr3", "kvstore": {"driver": "ocdbt", "base": home, "path": ".".join(path) + "/"}}
-        known = self._checksums.get(name, [])
-        out = np.empty([sum(r.stop - r.start for r in ranges) for ranges in part], self.dtype(path))
-        filled = 0
-        for wanted in part[pieces.axis]:
-            first, last = wanted.start // pieces.length, -(-wanted.stop // pieces.length)
-            touched = slice(first * pieces.length, min(last * pieces.length, pieces.size))
-            with _orbax(f"cannot read {name} of {self._path}; convert it again"):
-                array = tensorstore.open(store, read=True).result()
-                value = array[pieces.index(touched)].read().result()
-            if pieces.checksums(value) != known[first:last]:
-                raise self._damaged(name)
-            inner = slice(wanted.start - touched.start, wanted.stop - touched.start)
-            value = cut(value, (*part[: pieces.axis], (inner,), *part[pieces.axis + 1 :]))
-            if value.shape == out.shape:
-                return value
-            after = filled + value.shape[pieces.axis]
-            out[pieces.index(slice(filled, after))] = value
-            filled = after
-        return out
+        touched = slice(first * pieces.length, min(last * pieces.length, pieces.size))
+        with _orbax(f"cannot read {name} of {self._path}; convert it again"):
+            array = tensorstore.open(store, read=True).result()
+            value = array[pieces.index(touched)].read().result()
+        if pieces.checksums(value) != self._checksums.get(name, [])[first:last]:
+            raise self._damaged(name)
+        return value
 
     def _damaged(self, name: str) -> InputError:
         return InputError(f"{name} of {self._path} is damaged: its checksum differs; convert it again")
@@ -160,12 +172,12 @@ class Writer:
 
     def __init__(self, folder: Path, two_towers: bool, odd_dtypes: dict[str, str]):
         self._folder, self._path = folder, (folder / PARAMS).absolute()
-        self._contents = {"two_towers": two_towers, "odd_dtypes": odd_dtypes}
+        self._contents = {"format": FORMAT, "two_towers": two_towers, "odd_dtypes": odd_dtypes}
         self._checksums: dict[str, list[int]] = {}
         self._group: dict[tuple[str, ...], np.ndarray] = {}
 
     def add(self, path: tuple[str, ...], p: Parameter, value: np.ndarray) -> None:
-        pieces = Pieces.of(value.shape, value.dtype, p.stacked)
+        pieces = Pieces.of(p, value.shape, value.dtype)
         self._checksums["/".join(path)] = pieces.checksums(value)
         alone = p.stacked and pieces.count > 1
         if alone or sum(v.nbytes for v in self._group.values()) + value.nbytes > GROUP_BYTES:
@@ -202,12 +214,12 @@ class Pieces:
     size: int
 
     @classmethod
-    def of(cls, shape: tuple[int, ...], dtype: np.dtype, stacked: bool) -> "Pieces":
-        """Slices of stacked arrays; of others of more than `PIECE_BYTES` ranges of the longest axis; or all."""
+    def of(cls, p: Parameter, shape: tuple[int, ...], dtype: np.dtype) -> "Pieces":
+        """Slices of stacked arrays; of others of more than `PIECE_BYTES` ranges of an axis that devices may divide."""
         size = math.prod(shape) * dtype.itemsize
-        if size <= PIECE_BYTES or stacked:
+        if size <= PIECE_BYTES or p.stacked:
             return cls(0, 1 if size > PIECE_BYTES else max(shape[0], 1), shape[0])
-        axis = max(range(len(shape)), key=lambda i: shape[i])
+        axis = max(range(len(shape)), key=lambda i: (p.axes[i] != "hidden", shape[i]))
         return cls(axis, math.ceil(shape[axis] * PIECE_BYTES / size), shape[axis])
 
     @property
@@ -239,6 +251,11 @@ def _checked_contents(folder: Path) -> dict[str, Any]:
     if not (folder / CONTENTS).is_file():
         raise InputError(f"{folder} has {PARAMS}/ but no {CONTENTS}, so it is no checkpoint that convert finished")
     contents = read_json(folder / CONTENTS)
+    if isinstance(contents, dict) and "checksums" in contents and contents.get("format") != FORMAT:
+        raise InputError(
+            f"{folder} was written by another version of twotower_jax (format {contents.get('format', 1)!r}, "
+            f"this one reads {FORMAT}); convert its source again"
+        )
     kinds = {"two_towers": bool, "odd_dtypes": dict, "files": dict, "checksums": dict}
     right = isinstance(contents, dict) and all(isinstance(contents.get(name), kinds[name]) for name in kinds)
     right = right and all(isinstance(found, list) for found in contents["checksums"].values())

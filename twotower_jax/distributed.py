@@ -1,5 +1,6 @@
 """Several processes as one job."""
 
+import collections
 import contextlib
 import hashlib
 import os
@@ -61,6 +62,10 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
     if threading.current_thread() is threading.main_thread():
         for number, handler in handlers.items():
             signal.signal(number, handler)  # JAX has put its own in the place of SIGTERM's
+    counts = collections.Counter(device.process_index for device in jax.devices())
+    if len(set(counts.values())) > 1:
+        each = ", ".join(str(counts[i]) for i in range(jax.process_count()))
+        raise InputError(f"the processes have {each} devices; give each as many")
 
 
 def joined() -> bool:
@@ -92,7 +97,9 @@ def checked_together() -> Iterator[list]:
             raise InputError(f"process {int(np.argmax(found[:, -1]))} was refused; it says why")
         if refusal is None and (found != found[0]).any():
             other = int(np.argmax((found != found[0]).any(-1)))
-            raise InputError(f"process {other} was told something else than process 0; give all the same options")
+            raise InputError(
+                f"process {other} was told something else than process 0; give all the same options, and the same files"
+            )
     if refusal is not None:
         raise refusal
 

@@ -63,8 +63,10 @@ def load(model: str | Path, dtype: Any = "bfloat16", placement: Placement | None
         divided so.
     """
     dtype = inputs.dtype(dtype)
-    with distributed.checked_together():
+    with distributed.checked_together() as said:
         folder = sources.open_folder(sources.locate(model))
+        if distributed.joined():
+            said.append(sources.fingerprint(folder))
         towers = place(placement or Placement(), folder.config, folder.two_towers)
         description = two_tower.describe(folder.config, folder.two_towers)
         for group in towers.groups:

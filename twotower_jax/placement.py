@@ -126,10 +126,12 @@ class Towers:
     Attributes:
       context: the context tower's devices.
       denoiser: the denoiser's; None for a backbone.
+      idle: numbers of devices that neither has, where nobody chose them.
     """
 
     context: Group
     denoiser: Group | None
+    idle: tuple[int, ...] = ()
 
     @property
     def split(self) -> bool:
@@ -152,9 +154,10 @@ class Towers:
         return transfer.between_processes(source.mesh, to.mesh, tree, specs)
 
     def __str__(self) -> str:
+        idle = f"; {', '.join(map(str, self.idle))} idle" if self.idle else ""
         if self.split:
-            return f"context tower on {_say(self.context)}; denoiser on {_say(self.denoiser)}"
-        return f"{'the model' if self.denoiser is None else 'both towers'} on {_say(self.context)}"
+            return f"context tower on {_say(self.context)}; denoiser on {_say(self.denoiser)}{idle}"
+        return f"{'the model' if self.denoiser is None else 'both towers'} on {_say(self.context)}{idle}"
 
 
 def _say(group: Group) -> str:
@@ -205,14 +208,18 @@ def place(wish: Placement, config: Config, two_towers: bool, devices: Sequence[j
                 f"the context tower has {len(chosen[0])} devices, the denoiser {len(chosen[1])}; give each as many, "
                 "for states move between them device by device"
             )
-    idle = set(range(jax.process_count())) - {device.process_index for group in chosen for device in group.values()}
-    if idle:
-        raise InputError(f"process {min(idle)} has none of the towers' devices; give each process some, or start fewer")
+    without = set(range(jax.process_count())) - {device.process_index for group in chosen for device in group.values()}
+    if without:
+        raise InputError(
+            f"process {min(without)} has none of the towers' devices; give each process some, or start fewer"
+        )
     shards = _shards(wish.mesh, config, len(chosen[0]))
     context = Group(chosen[0], config, shards)
+    used = {number for group in chosen for number in group}
+    idle = tuple(i for i in range(len(devices)) if i not in used) if given == (None, None) else ()
     if not two_towers or set(chosen[0]) == set(chosen[1]):
-        return Towers(context, context if two_towers else None)
-    return Towers(context, Group(chosen[1], config, shards))
+        return Towers(context, context if two_towers else None, idle)
+    return Towers(context, Group(chosen[1], config, shards), idle)
 
 
 def _chosen(numbers: Sequence[int], devices: Sequence[jax.Device]) -> dict[int, jax.Device]:

@@ -37,7 +37,8 @@ def make(
     """Plans a generation on devices that `targets.target` knows; says on stderr what is compiled.
 
     Returns:
-      what was asked for, the versions, the `Plan` as a dict, `largest_rows` or None, and `table`, all of it to be read.
+      what was asked for, the versions, the `Plan` as a dict, whether it `fits`, `largest_rows` or None, and a `table` to
+      be read.
 
     Raises:
       InputError: what is asked for cannot be, or a program does not fit.
@@ -67,6 +68,8 @@ def make(
             wish = Wish(mode, rows, context - max_new_tokens, max_new_tokens, block_size, numbers)
             return plan(dimensions, towers, wish, found.compilers, say)
         except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise InputError(f"{devices}: the compiler gives up: {str(error).splitlines()[0]}") from None
             refused = f"{rows} rows of {context} tokens do not fit {devices}: {str(error).splitlines()[0]}"
             say(refused)
             return None
@@ -87,7 +90,8 @@ def make(
     about = {"date": str(date.today()), "jax": version("jax"), "config": str(config), "devices": devices}
     about |= {"note": found.note, "towers": str(towers), "mode": mode, "dtype": dtype, "rows": rows, "context": context}
     text = table(made, found.memory) + ("" if most is None else f"\nrows of {context} tokens that fit: {most}")
-    return about | dataclasses.asdict(made) | {"largest_rows": most, "table": text}
+    fits = max(made.needed.values()) <= found.memory * USABLE
+    return about | dataclasses.asdict(made) | {"fits": fits, "largest_rows": most, "table": text}
 
 
 def largest_rows(make: Callable[[int], Plan | None], rows: int, step: int, room: int) -> int:
@@ -141,7 +145,9 @@ def _on_a_line(known: dict[int, Plan], room: int) -> int:
 
 def table(plan: Plan, memory: int) -> str:
     """A plan to be read, in GB of a device."""
-    lines = [f"{'program':20} {'arguments':>10} {'outputs':>10} {'temporary':>10} {'compiled':>9}  collectives"]
+    lines = [
+        f"{'program':20} {'arguments':>10} {'outputs':>10} {'temporary':>10} {'compiled':>9}  collectives, each once"
+    ]
     for home, programs in plan.programs.items():
         for name, p in programs.items():
             sent = ", ".join(f"{count} {kind} {size / 1e6:.1f} MB" for kind, (count, size) in p.collectives.items())

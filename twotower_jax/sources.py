@@ -1,11 +1,16 @@
 """Where a model is: a folder, a model that ships with the package, or a Hugging Face id."""
 
+import json
 import os
 import re
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from twotower_jax import checkpoint
+import numpy as np
+
+from twotower_jax import checkpoint, two_tower
 from twotower_jax.config import BACKBONE_ARCHITECTURE, Config, parse_config, read_json
 from twotower_jax.errors import InputError, short
 
@@ -99,3 +104,11 @@ def open_folder(folder: Path):
     from convert.huggingface import HuggingFaceFolder  # the converter stands on this package
 
     return checkpoint.ConvertedFolder(folder) if checkpoint.is_converted(folder) else HuggingFaceFolder(folder)
+
+
+def fingerprint(folder: Any) -> str:
+    """Of an open model folder: its configuration, the sizes of its files, and the values of its least parameters."""
+    files = sorted((file.name, file.stat().st_size) for file in folder.folder.iterdir() if file.is_file())
+    norms = [folder.read((tower, "tower", "norm_f")) for tower in two_tower.describe(folder.config, folder.two_towers)]
+    values = [zlib.crc32(np.ascontiguousarray(norm).view(np.uint8)) for norm in norms]
+    return json.dumps([folder.raw_config, files, values], sort_keys=True)

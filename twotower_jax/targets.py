@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib.util
+import math
 import os
 import platform
 import re
@@ -79,23 +80,25 @@ def _gpus(kind: str, count: int) -> Target:
 
 
 def _tpus(text: str, kind: str, shape: str) -> Target:
-    count = 1
-    for size in shape.split("x"):
-        count *= int(size)
+    sizes = [int(size) for size in shape.split("x")]
+    count = math.prod(sizes)
     if not importlib.util.find_spec("libtpu"):
         return _stand_ins(count, TPU_MEMORY[kind], 'libtpu is not installed (pip install ".[tpu]")')
     for name, value in {
         "TPU_SKIP_MDS_QUERY": "1",  # there is no cloud machine to ask
         "TPU_ACCELERATOR_TYPE": "v5litepod-8",
         "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nor a chip that another process might have
     }.items():
         os.environ.setdefault(name, value)
     try:
-        topology = topologies.get_topology_desc(platform="tpu", topology_name=text)
+        of_a_host = (min(2, sizes[0]), min(2, sizes[1]), 1)
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=text, chips_per_host_bounds=of_a_host)
     except Exception as error:  # libtpu's, of no class of its own
         first = str(error).strip().partition("\n")[0]
         raise InputError(f"--devices {text}: libtpu knows no such slice: {first}") from None
-    return Target(topology.devices, TPU_MEMORY[kind], f"{_versions()} {text}")
+    each = TPU_MEMORY[kind] * count // len(topology.devices)  # a chip may be two devices
+    return Target(topology.devices, each, f"{_versions()} {text}")
 
 
 def _stand_ins(count: int, memory: int, why: str) -> Target:
