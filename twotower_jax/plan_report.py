@@ -37,8 +37,8 @@ def make(
     """Plans a generation on devices that `targets.target` knows; says on stderr what is compiled.
 
     Returns:
-      what was asked for, the versions, the `Plan` as a dict, whether it `fits`, `largest_rows` or None, and a `table` to
-      be read.
+      what was asked for, the versions, the `Plan` as a dict, whether it `fits`, `largest_rows` or None, and a `table`
+      to be read.
 
     Raises:
       InputError: what is asked for cannot be, or a program does not fit.

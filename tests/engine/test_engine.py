@@ -13,22 +13,29 @@ from twotower_jax.engine import sizes
 from twotower_jax.engine.request import Request
 from twotower_jax.engine.scheduler import Engine
 
-PROMPTS, OUTPUTS = (1, 2, 7, 16, 40), (1, 5, 16, 33, 48)
+SHORT, PROMPTS, OUTPUTS = (1, 2, 7, 16), (1, 2, 7, 16, 40, 100), (1, 5, 16, 33, 48)
+KINDS = [
+    ("diffusion", 16, True),
+    ("diffusion", 16, False),
+    ("diffusion", 5, False),
+    ("ar", 1, True),
+    ("mock-ar", 1, False),
+]
+MORE = [*KINDS, ("diffusion", 5, True), ("ar", 1, False), ("mock-ar", 1, True)]
 
 
-def random_requests(model, count, seed=0):
-    """Of all modes, lengths, thresholds, steps, samplers and seeds, in random order."""
+def random_requests(model, count, seed=0, kinds=KINDS, prompts=SHORT):
+    """Of all lengths, thresholds, steps, samplers and seeds, in random order; a kind is mode, block, whether drawn."""
     rng = np.random.default_rng(seed)
     vocab = model.config.vocab_size
     for i in rng.permutation(count).tolist():
-        drawn = rng.random() < 0.4
-        mode = str(rng.choice(["diffusion", "ar", "mock-ar"], p=[0.6, 0.2, 0.2]))
+        mode, block, drawn = kinds[rng.integers(len(kinds))]
         yield Request(
             key=i,
-            prompt=rng.integers(4, vocab, rng.choice(PROMPTS)).tolist(),
+            prompt=rng.integers(4, vocab, rng.choice(prompts)).tolist(),
             mode=mode,
             max_new_tokens=int(rng.choice(OUTPUTS)),
-            block_size=int(rng.choice([16, 16, 5])),
+            block_size=block,
             steps_per_block=int(rng.integers(1, 17)),
             confidence_threshold=float(rng.choice([0.2, 0.8, 0.95])),
             temperature=float(rng.choice([0.5, 1.5])) if drawn else 0.0,
@@ -79,18 +86,18 @@ def assert_as_alone(model, requests, slots):
 
 def test_rows_are_alone():
     model = load("tiny-0")
-    assert_as_alone(model, list(random_requests(model, 40)), slots=7)
+    assert_as_alone(model, list(random_requests(model, 40)), slots=8)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "slots"), [("tiny-0", 1), ("grouped-0", 13), ("trained-0", 4), ("demo", 24)])
 def test_300_rows_are_alone(name, slots):
     model = load(name)
-    assert_as_alone(model, list(random_requests(model, 300)), slots)
+    assert_as_alone(model, list(random_requests(model, 300, kinds=MORE, prompts=PROMPTS)), slots)
 
 
-def engine(model, slots=4, capacity=64, **options):
-    return Engine(model.towers.context, model.programs, model.params, slots=slots, capacity=capacity, **options)
+def engine(model, slots=8, capacity=64):
+    return Engine(model.towers.context, model.programs, model.params, slots=slots, capacity=capacity, block_size=16)
 
 
 def test_a_row_that_breaks():
@@ -107,8 +114,8 @@ def test_a_row_that_breaks():
         for i, mode in enumerate(["diffusion", "ar", "mock-ar"] * 8)
     ]
     bad = [dataclasses.replace(r, prompt=[99, *r.prompt]) if i % 4 == 1 else r for i, r in enumerate(requests)]
-    fine, _ = heard(model.stream(requests, slots=4))
-    tokens, last = heard(broken.stream(bad, slots=4))
+    fine, _ = heard(model.stream(requests, slots=8))
+    tokens, last = heard(broken.stream(bad, slots=8))
     for i, event in last.items():
         if i % 4 == 1:
             assert (event.end, tokens[i]) == ("error", [])
@@ -122,11 +129,10 @@ def test_a_row_that_breaks():
 def test_one_compilation_serves_all():
     """Whatever the rows ask for, nothing is compiled after the first of each mode and each width of prompts."""
     model = load("tiny-0")
-    options = {"slots": 4, "capacity": 128, "block_size": 16}
 
     def some(seed):
         checked = [r.checked(model.config.vocab_size, True) for r in random_requests(model, 30, seed)]
-        return engine(model, **options).run(checked)
+        return engine(model).run(checked)
 
     heard(some(0))
     compiled = model.programs.compile_seconds
@@ -138,11 +144,11 @@ def test_slots_are_used():
     """More than 90 % of the slots have a row in each round, as long as requests wait."""
     model = load("tiny-0")
     rng = np.random.default_rng(0)
-    requests = [Request(i, [5, 6, 7], max_new_tokens=int(rng.integers(8, 200))) for i in range(60)]
-    own = engine(model, slots=8, capacity=256, block_size=16)
+    requests = [Request(i, [5, 6, 7], max_new_tokens=int(rng.integers(8, 64))) for i in range(100)]
+    own = engine(model)
     checked = [r.checked(model.config.vocab_size, True) for r in requests]
     _, last = heard(own.run(checked))
-    assert len(last) == 60
+    assert len(last) == 100
     assert 0.9 < own.use.share <= 1
 
 
@@ -150,9 +156,9 @@ def test_slots_are_used():
 def test_cancelled(mode):
     """A row that is cancelled is heard of no more, and its slot serves others."""
     model = load("tiny-0")
-    requests = [Request(i, [5 + i], mode, max_new_tokens=64).checked(128, True) for i in range(12)]
-    whole, _ = heard(engine(model, block_size=16, capacity=128).run(requests))
-    own = engine(model, block_size=16, capacity=128)
+    requests = [Request(i, [5 + i], mode, max_new_tokens=60).checked(128, True) for i in range(12)]
+    whole, _ = heard(engine(model).run(requests))
+    own = engine(model)
     tokens, ended = {}, {}
     for event in own.run(requests):
         assert event.key not in ended
@@ -170,7 +176,7 @@ def test_cancelled(mode):
 def test_logprobs():
     """Of greedy AR: the log of the softmax's largest value."""
     model = load("tiny-0")
-    ((tokens, event),) = [(e.tokens, e) for e in model.stream([Request(0, [5, 6, 7], "ar", max_new_tokens=9)])]
+    ((tokens, event),) = [(e.tokens, e) for e in model.stream([Request(0, [5, 6, 7], "ar", max_new_tokens=9)], slots=8)]
     logits = model.context_logits([5, 6, 7, *tokens[:-1]])[2:]
     np.testing.assert_allclose(event.logprobs, jax.nn.log_softmax(logits).max(-1), atol=1e-4)
 
@@ -185,7 +191,7 @@ def test_events_come_before_the_end():
             taken.append(i)
             yield Request(i, [5, 6], max_new_tokens=32).checked(128, True)
 
-    first = next(iter(engine(model, block_size=16).run(requests())))
+    first = next(iter(engine(model).run(requests())))
     assert first.end is None
     assert len(first.tokens) == 16
     assert len(taken) < 20
@@ -224,6 +230,7 @@ def test_bad_streams():
     assert (event.tokens, event.end) == ([], "length")
 
 
+@pytest.mark.slow
 def test_a_backbone():
     model = load("backbone-0")
     requests = [Request(i, [5, 6 + i], "ar", max_new_tokens=20) for i in range(5)]

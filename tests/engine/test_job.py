@@ -3,7 +3,6 @@
 import gzip
 import io
 import json
-import os
 import random
 import signal
 import subprocess
@@ -52,7 +51,8 @@ def results(path):
 
 
 def run(source, target, **options):
-    return job.run(load("tiny-0"), None, str(source), str(target), job.Options(**options))
+    name = str(DATA / "tiny-0")
+    return job.run(load("tiny-0"), None, str(source), str(target), job.Options(slots=8, **options), name)
 
 
 P = {"prompt": [5, 6], "max_tokens": 3}
@@ -63,7 +63,7 @@ BAD = {
     b"[1]": "it must be an object, not [1]",
     b"x" * 10_000_000: f"it has more than {LONGEST} bytes",
     json.dumps({"method": "POST", "url": URL, "body": P}).encode(): "custom_id must be a string",
-    json.dumps({"custom_id": "u", "method": "POST", "url": "/v1/chat/completions", "body": P}).encode(): "url must be",
+    json.dumps({"custom_id": "r1u", "method": "POST", "url": "/v1/chat/completions", "body": P}).encode(): "url must be",
     wrapped(1000, P | {"max_tokens": -1}): "max_new_tokens must be from 0 to",
     wrapped(1001, P | {"max_tokenz": 1}): "unknown key 'max_tokenz'; known are best_of, block_size",
     wrapped(1002, P | {"prompt": [5] * 1000}): "the prompt's 1000 tokens and 3 new ones are too long",
@@ -82,7 +82,7 @@ BAD = {
     b'{"prompt": [5], "text": "a"}': "it has both prompt and text",
     b'{"custom_id": "\\ud800", "prompt": [5]}': "custom_id has half of a surrogate pair",
     wrapped(1012, P | {"logprobs": 5}): "logprobs 5 is not supported",
-    wrapped(1013, P | {"stop": ["a"]}): "stop cannot be found; give stop_token_ids",
+    wrapped(1013, P | {"stop": ["a"]}): "the model has no tokenizer.json, so stop cannot be found",
     wrapped(1014, P | {"ignore_eos": 1}): "ignore_eos must be true or false",
     wrapped(1015, P | {"stop_token_ids": 5}): "stop_token_ids must be a list",
     wrapped(1016, P | {"temperature": True}): "temperature must be a number",
@@ -123,7 +123,7 @@ def test_bad_lines(tmp_path):
 
 def test_a_result_is_what_the_request_alone_gives(tmp_path):
     lines = [good(i) for i in range(20)]
-    run(write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl", slots=3)
+    run(write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl")
     model = load("tiny-0")
     for r in results(tmp_path / "out.jsonl").values():
         body = json.loads(lines[int(r["custom_id"][1:])])["body"]
@@ -131,7 +131,7 @@ def test_a_result_is_what_the_request_alone_gives(tmp_path):
         fields = {names.get(k, k): v for k, v in body.items() if names.get(k, k)}
         if body.get("temperature") and "seed" not in body:
             continue  # a seed of its own
-        events = list(model.stream([Request(0, eos_token_id=model.config.eos_token_ids, **fields)]))
+        events = list(model.stream([Request(0, eos_token_id=model.config.eos_token_ids, **fields)], slots=8))
         answer = r["response"]["body"]
         assert answer["choices"][0]["token_ids"] == [t for e in events for t in e.tokens]
         assert answer["choices"][0]["finish_reason"] == events[-1].end
@@ -146,7 +146,7 @@ def test_goes_on(tmp_path):
     lines = whole.read_bytes().splitlines(keepends=True)
     random.Random(0).shuffle(lines)
     target.write_bytes(b"".join(lines[:12]) + lines[12][:-20])
-    summary = run(source, target, slots=2)
+    summary = run(source, target)
     assert (summary.done_before, summary.results + summary.errors) == (12, 19)
     assert sorted(target.read_bytes().splitlines()) == sorted(whole.read_bytes().splitlines())
     before = target.read_bytes()
@@ -235,7 +235,7 @@ def started(source, target, lines):
 
 def test_asked_to_stop(tmp_path):
     """Rows at work are finished and written; the same command goes on."""
-    source = write(tmp_path / "in.jsonl", [wrapped(i, {"prompt": [5 + i % 99], "max_tokens": 100}) for i in range(150)])
+    source = write(tmp_path / "in.jsonl", [wrapped(i, {"prompt": [5 + i % 99], "max_tokens": 60}) for i in range(150)])
     target = tmp_path / "out.jsonl"
     process = started(source, target, 5)
     process.send_signal(signal.SIGTERM)
@@ -253,7 +253,7 @@ def test_a_full_disk(tmp_path):
     source = write(tmp_path / "in.jsonl", map(good, range(60)))
     target = tmp_path / "out.jsonl"
     limited = ["sh", "-c", 'ulimit -f 20; trap "" XFSZ; exec "$@"', "sh", *command(source, target)]  # 10,240 bytes
-    done = subprocess.run(limited, capture_output=True, text=True, env=os.environ | {"JAX_COMPILATION_CACHE_DIR": ""})
+    done = subprocess.run(limited, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     assert "File too large; what is written stays, and the same command goes on" in done.stderr
     assert "Traceback" not in done.stderr

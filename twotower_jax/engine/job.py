@@ -135,7 +135,8 @@ class _Job:
         self._options, self._name, self._stop = options, name, stop
         self._eos = model.config.eos_token_ids if options.eos is None else options.eos
         group, self._dtype = model.towers.context, two_tower.dtype_of(model.params)
-        possible = sizes.longest(group, self._dtype, options.defaults.get("block_size", 16), options.memory)
+        sizes.plan(group, self._dtype, longest=1, block_size=16, room=options.memory)  # says so if not one row fits
+        possible = sizes.longest(group, self._dtype, 16, options.memory)
         self._reader = Reader(
             tokenizer,
             model.config.vocab_size,

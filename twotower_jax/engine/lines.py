@@ -214,6 +214,8 @@ def _parsed(raw: bytes) -> dict[str, Any]:
         raise InputError(f"it is not JSON: {error.msg} at character {error.pos}") from None
     except RecursionError:
         raise InputError("it is nested too deeply") from None
+    except InputError:  # which is a ValueError
+        raise
     except ValueError:  # an integer of more digits than Python reads
         raise InputError("it has a number of thousands of digits") from None
     if not isinstance(found, dict):

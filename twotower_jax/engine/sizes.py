@@ -5,13 +5,17 @@ import jax.numpy as jnp
 
 from twotower_jax import memory
 from twotower_jax.errors import InputError
-from twotower_jax.generation import bucket
 from twotower_jax.placement import Group
 from twotower_jax.state import state_bytes
 
 SLOTS = {"cpu": 16}  # more gain nothing there
 OTHER_SLOTS = 64
 USABLE = 0.9  # of what is free; the rest is for what programs need besides
+
+
+def capacity_of(longest: int) -> int:
+    """Positions of a slot for requests of so many: one of few numbers, so that few programs are compiled."""
+    return max(64, 1 << max(0, longest - 1).bit_length())
 
 
 def row_bytes(group: Group, capacity: int, block_size: int, dtype: jnp.dtype) -> int:
@@ -28,7 +32,7 @@ def longest(group: Group, dtype: jnp.dtype, block_size: int, room: int | None = 
     low, high = 0, 2**31
     while high - low > 1:
         middle = (low + high) // 2
-        fits = row_bytes(group, bucket(middle), block_size, dtype) <= free
+        fits = row_bytes(group, capacity_of(middle), block_size, dtype) <= free
         low, high = (middle, high) if fits else (low, middle)
     return low
 
@@ -54,14 +58,14 @@ def plan(
       dtype: of the model.
       longest: positions of the longest request.
       block_size: the largest.
-      waiting: requests, if it is known; more slots are not made.
+      waiting: requests, if it is known; not many more slots are made.
       slots: that are asked for.
       room: bytes of a device that may be used; what is free by default.
 
     Raises:
       InputError: they do not fit.
     """
-    capacity = bucket(max(1, longest))
+    capacity = capacity_of(longest)
     one = row_bytes(group, capacity, block_size, dtype)
     free = _free(group) if room is None else room
     fit = free // one * group.row_shards
@@ -71,5 +75,7 @@ def plan(
     if slots is not None and slots > fit:
         raise InputError(f"{slots} slots do not fit, {fit} would: {numbers}")
     most = SLOTS.get(jax.default_backend(), OTHER_SLOTS) * group.row_shards
-    chosen = slots or min(most, fit, max(1, waiting) if waiting is not None else most)
+    if waiting is not None:
+        most = min(most, 1 << max(0, waiting - 1).bit_length())
+    chosen = slots or min(most, fit)
     return chosen, capacity, f"{chosen} slots: {numbers}"

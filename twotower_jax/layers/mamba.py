@@ -105,13 +105,13 @@ class Mamba(nn.Module):
             xbc, tail = causal_conv(xbc, state.conv, p["conv_weight"], p.get("conv_bias"), span.count)
         else:
             xbc, tail = packed_conv(xbc, span.packing, p["conv_weight"], p.get("conv_bias"))
-        values, b, keys = jnp.split(
-            nn.silu(xbc), [c.mamba_width, c.mamba_width + c.mamba_groups * c.state_size], axis=-1
-        )
+        real = span.real(length)[..., None]
+        xbc = jnp.where(real, nn.silu(xbc), 0.0)  # a value at padding that is not finite would outlive dt = 0
+        values, b, keys = jnp.split(xbc, [c.mamba_width, c.mamba_width + c.mamba_groups * c.state_size], axis=-1)
         values = values.reshape(rows, length, c.mamba_heads, c.mamba_head_dim)
         b, keys = (z_.reshape(rows, length, c.mamba_groups, c.state_size) for z_ in (b, keys))
         dt = jnp.clip(jax.nn.softplus(dt.astype(jnp.float32) + p["dt_bias"]), *c.time_step_limit)
-        dt = jnp.where(span.real(length)[..., None], dt, 0.0)
+        dt = jnp.where(real, dt, 0.0)
         a = -jnp.exp(p["a_log"])
         if span.packing is None:
             y, ssm = selective_scan(values, dt, a, b, keys, state.ssm, c.chunk_size)
