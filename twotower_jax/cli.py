@@ -267,11 +267,11 @@ def _batch(args: argparse.Namespace) -> int:
 
     import twotower_jax as tt
     from twotower_jax import inputs, sources
-    from twotower_jax.engine import job
+    from twotower_jax.engine import files, job
     from twotower_jax.programs import keep_between_runs
     from twotower_jax.tokenizer import load_tokenizer
 
-    if args.json and args.target == job.STANDARD:
+    if args.json and args.target == files.STANDARD:
         raise InputError("--json prints the summary where the results go; give OUT a name")
     shard = re.fullmatch(r"(\d{1,9})/(\d{1,9})", args.shard)
     if shard is None or not int(shard[1]) < int(shard[2]):

@@ -1,9 +1,12 @@
-"""Work that a signal must not cut in the middle."""
+"""Work that a signal must not cut in the middle, or that ends in good order when one comes."""
 
 import contextlib
 import signal
+import sys
 import threading
+import time
 from collections.abc import Iterator
+from typing import Any
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -26,3 +29,38 @@ def deferred() -> Iterator[list[int]]:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         for number in arrived[:1]:
             signal.raise_signal(number)
+
+
+class Stop:
+    """Whether a long job was asked to stop; a second signal stops it at once.
+
+    Args:
+      grace: seconds that what is at work has to end.
+
+    Attributes:
+      asked: whether a signal came.
+    """
+
+    def __init__(self, grace: float):
+        self.asked, self._grace, self._until = False, grace, 0.0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Stop":
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._heard) for number in ENDING}
+        return self
+
+    def _heard(self, number: int, frame: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked, self._until = True, time.monotonic() + self._grace
+        print(f"twotower: stopping; rows at work have {self._grace:.0f} s to end", file=sys.stderr)
+
+    @property
+    def late(self) -> bool:
+        """Whether the rows have had their time."""
+        return self.asked and time.monotonic() > self._until
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -63,7 +63,7 @@ BAD = {
     b"[1]": "it must be an object, not [1]",
     b"x" * 10_000_000: f"it has more than {LONGEST} bytes",
     json.dumps({"method": "POST", "url": URL, "body": P}).encode(): "custom_id must be a string",
-    json.dumps({"custom_id": "r1u", "method": "POST", "url": "/v1/chat/completions", "body": P}).encode(): "url must be",
+    json.dumps({"custom_id": "r1u", "url": "/v1/chat/completions", "body": P}).encode(): "url must be",
     wrapped(1000, P | {"max_tokens": -1}): "max_new_tokens must be from 0 to",
     wrapped(1001, P | {"max_tokenz": 1}): "unknown key 'max_tokenz'; known are best_of, block_size",
     wrapped(1002, P | {"prompt": [5] * 1000}): "the prompt's 1000 tokens and 3 new ones are too long",

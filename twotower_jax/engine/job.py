@@ -1,38 +1,27 @@
 """A file of requests into a file of results, which a job that was stopped in any way goes on with."""
 
-import bz2
 import collections
-import contextlib
 import dataclasses
-import gzip
-import lzma
-import os
-import shutil
-import signal
 import sys
-import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, BinaryIO
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from twotower_jax import interrupts, two_tower
+from twotower_jax import two_tower
 from twotower_jax.engine import sizes
-from twotower_jax.engine.lines import Answer, Reader, done_lines, find_stop, raw_lines, result
+from twotower_jax.engine.files import Lines, Results, opened
+from twotower_jax.engine.lines import Answer, Reader, find_stop, result
 from twotower_jax.engine.request import Event, Request
 from twotower_jax.engine.scheduler import Engine
-from twotower_jax.errors import InputError
+from twotower_jax.interrupts import Stop
 from twotower_jax.model import Model
 
 POSITIONS = 2**18  # of a request at most: what the released model was trained for
 GRACE = 30.0  # seconds that rows have to end when the job is asked to stop
-OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-STANDARD = "-"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,12 +114,23 @@ def run(
     Raises:
       InputError: a file cannot be read or written, or holds something else; what is written stays, and counts.
     """
-    with _opened(source) as lines, _Results(target) as results, _Stop() as stop:
-        return _Job(model, tokenizer, lines, results, options, name, stop).run()
+    with opened(source) as lines, Results(target) as results, Stop(GRACE) as stop:
+        return Job(model, tokenizer, lines, results, options, name, stop).run()
 
 
-class _Job:
-    def __init__(self, model, tokenizer, lines, results, options: Options, name: str, stop: "_Stop"):
+class Job:
+    """See `run`; the lines come from anywhere, and the results go there."""
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer | None,
+        lines: Lines,
+        results: Results,
+        options: Options,
+        name: str,
+        stop: Stop,
+    ):
         self._model, self._tokenizer, self._lines, self._results = model, tokenizer, lines, results
         self._options, self._name, self._stop = options, name, stop
         self._eos = model.config.eos_token_ids if options.eos is None else options.eos
@@ -296,112 +296,3 @@ class _Survey:
     def longest_of(self, number: int) -> int | None:
         """Of a line's class; None if it is not to be answered."""
         return self._class[self._size[number]] if number in self._size else None
-
-
-class _Results:
-    """The file of results: whole lines alone, whatever happens."""
-
-    def __init__(self, target: str):
-        self._target = target
-        self._done: dict[int, str] = {}
-
-    def __enter__(self) -> "_Results":
-        if self._target == STANDARD:
-            self._file = sys.stdout.fileno()
-            return self
-        try:
-            path = Path(self._target)
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-            self._done = done_lines(path)
-        except OSError as error:
-            raise InputError(f"cannot write {self._target}: {error.strerror}") from None
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if self._target != STANDARD:
-            os.close(self._file)
-
-    def has(self, number: int, checksum: int) -> bool:
-        """Whether a line is answered.
-
-        Raises:
-          InputError: another line of this number is.
-        """
-        if number in self._done and self._done[number] != f"{checksum:08x}":
-            raise InputError(
-                f"{self._target} answers another line {number} than there is now; give the same input, or another file"
-            )
-        return number in self._done
-
-    def write(self, line: bytes) -> None:
-        standard = self._target == STANDARD
-        end = 0 if standard else os.lseek(self._file, 0, os.SEEK_END)
-        try:
-            written = 0
-            while written < len(line):
-                written += os.write(self._file, line[written:])
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            if not standard:
-                os.ftruncate(self._file, end)
-            raise InputError(
-                f"cannot write {self._target}: {error.strerror}; what is written stays, and the same command goes on"
-            ) from None
-
-
-class _Stop:
-    """Whether the job was asked to stop; a second signal stops it at once.
-
-    Attributes:
-      asked: whether a signal came.
-    """
-
-    def __enter__(self) -> "_Stop":
-        self.asked, self._until = False, 0.0
-        self._before = {}
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._heard) for number in interrupts.ENDING}
-        return self
-
-    def _heard(self, number: int, frame: Any) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked, self._until = True, time.monotonic() + GRACE
-        print(f"twotower: stopping; rows at work have {GRACE:.0f} s to end", file=sys.stderr)
-
-    @property
-    def late(self) -> bool:
-        """Whether the rows have had their time."""
-        return self.asked and time.monotonic() > self._until
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-
-
-@contextlib.contextmanager
-def _opened(source: str) -> Iterator[Callable[[], Iterator[tuple[int, bytes, int]]]]:
-    """What reads the lines of a file from the beginning, each time that it is called."""
-    with contextlib.ExitStack() as stack:
-        if source == STANDARD:
-            path = Path(stack.enter_context(tempfile.NamedTemporaryFile(suffix=".jsonl")).name)
-            with open(path, "wb") as kept:
-                shutil.copyfileobj(sys.stdin.buffer, kept)
-        else:
-            path = Path(source)
-
-        def lines() -> Iterator[tuple[int, bytes, int]]:
-            try:
-                with _open(path) as file:
-                    yield from raw_lines(file)
-            except (OSError, EOFError, lzma.LZMAError) as error:
-                raise InputError(f"cannot read {source}: {getattr(error, 'strerror', None) or error}") from None
-
-        with contextlib.closing(lines()) as first:  # that it can be read is known before anything else is done
-            next(first, None)
-        yield lines
-
-
-def _open(path: Path) -> BinaryIO:
-    return OPENERS.get(path.suffix, open)(path, "rb")

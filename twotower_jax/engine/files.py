@@ -1,0 +1,99 @@
+"""Files of lines, read as often as wanted, and files of results, which hold whole lines alone."""
+
+import bz2
+import contextlib
+import gzip
+import lzma
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from twotower_jax.engine.lines import done_lines, raw_lines
+from twotower_jax.errors import InputError
+
+OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+STANDARD = "-"
+Lines = Callable[[], Iterator[tuple[int, bytes, int]]]  # each line's number, bytes and checksum
+
+
+@contextlib.contextmanager
+def opened(source: str) -> Iterator[Lines]:
+    """What reads the lines of a file from the beginning, each time that it is called."""
+    with contextlib.ExitStack() as stack:
+        if source == STANDARD:
+            path = Path(stack.enter_context(tempfile.NamedTemporaryFile(suffix=".jsonl")).name)
+            with open(path, "wb") as kept:
+                shutil.copyfileobj(sys.stdin.buffer, kept)
+        else:
+            path = Path(source)
+
+        def lines() -> Iterator[tuple[int, bytes, int]]:
+            try:
+                with _open(path) as file:
+                    yield from raw_lines(file)
+            except (OSError, EOFError, lzma.LZMAError) as error:
+                raise InputError(f"cannot read {source}: {getattr(error, 'strerror', None) or error}") from None
+
+        with contextlib.closing(lines()) as first:  # that it can be read is known before anything else is done
+            next(first, None)
+        yield lines
+
+
+def _open(path: Path) -> BinaryIO:
+    return OPENERS.get(path.suffix, open)(path, "rb")
+
+
+class Results:
+    """The file of results: whole lines alone, whatever happens."""
+
+    def __init__(self, target: str):
+        self._target = target
+        self._done: dict[int, str] = {}
+
+    def __enter__(self) -> "Results":
+        if self._target == STANDARD:
+            self._file = sys.stdout.fileno()
+            return self
+        try:
+            path = Path(self._target)
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            self._done = done_lines(path)
+        except OSError as error:
+            raise InputError(f"cannot write {self._target}: {error.strerror}") from None
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._target != STANDARD:
+            os.close(self._file)
+
+    def has(self, number: int, checksum: int) -> bool:
+        """Whether a line is answered.
+
+        Raises:
+          InputError: another line of this number is.
+        """
+        if number in self._done and self._done[number] != f"{checksum:08x}":
+            raise InputError(
+                f"{self._target} answers another line {number} than there is now; give the same input, or another file"
+            )
+        return number in self._done
+
+    def write(self, line: bytes) -> None:
+        standard = self._target == STANDARD
+        end = 0 if standard else os.lseek(self._file, 0, os.SEEK_END)
+        try:
+            written = 0
+            while written < len(line):
+                written += os.write(self._file, line[written:])
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            if not standard:
+                os.ftruncate(self._file, end)
+            raise InputError(
+                f"cannot write {self._target}: {error.strerror}; what is written stays, and the same command goes on"
+            ) from None
