@@ -131,6 +131,8 @@ def _add_batch(parser: argparse.ArgumentParser) -> None:
     add("--memory", type=float, metavar="GB", help="of each device, for rows (most of what is free)")
     add("--context", type=int, metavar="N", help="prompt and new tokens of a request at most (262144)")
     add("--shard", default="0/1", metavar="I/N", help="of every N lines the one at place I, from 0")
+    add("--ray", type=int, metavar="N", help="so many engines on a Ray cluster; IN and OUT may be folders")
+    add("--gpus", type=float, metavar="G", help="with --ray: of each engine (1 where there are any)")
     _add_placement(parser)
     _add_json(parser)
 
@@ -263,11 +265,10 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _batch(args: argparse.Namespace) -> int:
     """Answer every line of a file once, in OpenAI's batch format; a job that was stopped goes on where it was."""
-    import jax
-
     import twotower_jax as tt
     from twotower_jax import inputs, sources
-    from twotower_jax.engine import files, job
+    from twotower_jax.engine import cluster, files, job
+    from twotower_jax.placement import shared
     from twotower_jax.programs import keep_between_runs
     from twotower_jax.tokenizer import load_tokenizer
 
@@ -287,18 +288,26 @@ def _batch(args: argparse.Namespace) -> int:
         positions=inputs.whole("--context", args.context or job.POSITIONS, 1, 2**31 - 1),
         shard=(int(shard[1]), int(shard[2])),
     )
-    placement = _placement(args)
-    if args.context_devices is None and args.denoiser_devices is None:  # rows are written on all of them
-        both = range(jax.device_count())
-        placement = dataclasses.replace(
-            placement, context_devices=both, denoiser_devices=both if _two_towers(args.model) else None
+    if args.ray is not None:
+        actors = inputs.whole("--ray", args.ray, 1, 2**20)
+        summary = cluster.run(
+            args.model,
+            args.source,
+            args.target,
+            options,
+            dtype=args.dtype,
+            actors=actors,
+            gpus=args.gpus,
+            placement=_placement(args),
         )
-    folder = sources.locate(args.model)
-    tokenizer = load_tokenizer(folder)
-    keep_between_runs()
-    model = tt.load(folder, dtype=args.dtype, placement=placement)
-    print(model.towers, file=sys.stderr)
-    summary = job.run(model, tokenizer, args.source, args.target, options, args.model)
+    else:
+        folder = sources.locate(args.model)
+        tokenizer = load_tokenizer(folder)
+        keep_between_runs()
+        placement = shared(_placement(args), not sources.config_alone(folder)[1])
+        model = tt.load(folder, dtype=args.dtype, placement=placement)
+        print(model.towers, file=sys.stderr)
+        summary = job.run(model, tokenizer, args.source, args.target, options, args.model)
     print(summary, file=sys.stderr)
     if args.json:
         print(json.dumps(dataclasses.asdict(summary)))
@@ -306,12 +315,6 @@ def _batch(args: argparse.Namespace) -> int:
         print("twotower: stopped before the end; the same command goes on", file=sys.stderr)
         return 130
     return 1 if summary.errors else 0
-
-
-def _two_towers(model: str) -> bool:
-    from twotower_jax import sources
-
-    return not sources.config_alone(model)[1]
 
 
 def _train(args: argparse.Namespace) -> int:

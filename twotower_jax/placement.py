@@ -222,6 +222,14 @@ def place(wish: Placement, config: Config, two_towers: bool, devices: Sequence[j
     return Towers(context, Group(chosen[1], config, shards), idle)
 
 
+def shared(wish: Placement, two_towers: bool) -> Placement:
+    """Both towers on all devices, if nobody chose any."""
+    if wish.context_devices is not None or wish.denoiser_devices is not None:
+        return wish
+    every = range(jax.device_count())
+    return dataclasses.replace(wish, context_devices=every, denoiser_devices=every if two_towers else None)
+
+
 def _chosen(numbers: Sequence[int], devices: Sequence[jax.Device]) -> dict[int, jax.Device]:
     """Devices by their numbers."""
     try:

@@ -2,12 +2,15 @@
 
 import bz2
 import contextlib
+import fcntl
 import gzip
+import json
 import lzma
 import os
 import shutil
 import sys
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -33,6 +36,9 @@ def opened(source: str) -> Iterator[Lines]:
 
         def lines() -> Iterator[tuple[int, bytes, int]]:
             try:
+                if path.suffix == ".parquet":
+                    yield from _of_parquet(path)
+                    return
                 with _open(path) as file:
                     yield from raw_lines(file)
             except (OSError, EOFError, lzma.LZMAError) as error:
@@ -45,6 +51,39 @@ def opened(source: str) -> Iterator[Lines]:
 
 def _open(path: Path) -> BinaryIO:
     return OPENERS.get(path.suffix, open)(path, "rb")
+
+
+def _of_parquet(path: Path) -> Iterator[tuple[int, bytes, int]]:
+    """Each row as a line of JSON, without what is null."""
+    try:
+        import pyarrow as pa
+        from pyarrow import parquet
+    except ImportError:
+        raise InputError(f'{path} needs pyarrow: pip install "twotower_jax[ray]"') from None
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                for row in batch.to_pylist():
+                    number += 1
+                    raw = json.dumps(_without_nulls(row), ensure_ascii=False, default=str).encode(errors="replace")
+                    yield number, raw, zlib.crc32(raw)
+    except pa.ArrowException as error:
+        raise InputError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
+
+
+def _without_nulls(value: Any) -> Any:
+    """Columns hold null where a row has no such key."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return value
+
+
+def inputs_below(folder: Path) -> list[tuple[Path, str]]:
+    """The files of requests in a folder and those below it, and their names from there."""
+    kinds = (*(f".jsonl{end}" for end in ("", *OPENERS)), ".parquet")
+    found = sorted(file for file in folder.rglob("*") if file.is_file() and file.name.endswith(kinds))
+    return [(file, file.relative_to(folder).as_posix()) for file in found]
 
 
 class Results:
@@ -61,7 +100,11 @@ class Results:
         try:
             path = Path(self._target)
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._done = done_lines(path)
+        except BlockingIOError:
+            os.close(self._file)
+            raise InputError(f"{self._target} is being written by another job; wait for it, or stop it") from None
         except OSError as error:
             raise InputError(f"cannot write {self._target}: {error.strerror}") from None
         return self

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from twotower_jax import two_tower
 from twotower_jax.engine import sizes
 from twotower_jax.engine.files import Lines, Results, opened
-from twotower_jax.engine.lines import Answer, Reader, find_stop, result
+from twotower_jax.engine.lines import Answer, Line, Reader, find_stop, refusal, result
 from twotower_jax.engine.request import Event, Request
 from twotower_jax.engine.scheduler import Engine
 from twotower_jax.interrupts import Stop
@@ -82,16 +82,25 @@ class Summary:
     slot_use: float = 0.0
     interrupted: bool = False
 
+    def finish(self, latencies: list[float]) -> None:
+        """Makes the quotients and quantiles."""
+        self.tokens_per_second = self.tokens / self.seconds if self.tokens else 0.0
+        self.tokens_per_forward = self.tokens / self.denoiser_forwards if self.denoiser_forwards else None
+        if latencies:
+            values = np.quantile(latencies, [0.5, 0.9, 0.99]).tolist()
+            self.latency = dict(zip(("p50", "p90", "p99"), values, strict=True))
+
     def __str__(self) -> str:
         rate = "" if self.tokens_per_forward is None else f", {self.tokens_per_forward:.2f} tokens per denoiser forward"
-        waits = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.latency.items())
+        waits = "".join(f", {name} {seconds:.2f} s" for name, seconds in self.latency.items())
+        latency = f"; latency{waits[1:]}" if waits else ""
+        slots = f"; {self.slots} slots, {self.slot_use:.0%} of them in use" if self.slots else ""
         before = f", {self.done_before} were done before" if self.done_before else ""
         return (
             f"{self.results} results and {self.errors} errors of {self.lines} lines{before}\n"
             f"{self.tokens} tokens in {self.seconds:.1f} s, and {self.compile_seconds:.1f} s to compile: "
             f"{self.tokens_per_second:.0f} tokens/s{rate}\n"
-            f"{self.denoiser_forwards} denoiser and {self.context_forwards} context forwards; "
-            f"{self.slots} slots, {self.slot_use:.0%} of them in use; latency {waits or 'of none'}"
+            f"{self.denoiser_forwards} denoiser and {self.context_forwards} context forwards{slots}{latency}"
         )
 
 
@@ -116,6 +125,34 @@ def run(
     """
     with opened(source) as lines, Results(target) as results, Stop(GRACE) as stop:
         return Job(model, tokenizer, lines, results, options, name, stop).run()
+
+
+def of_shard(lines: Iterator[tuple[int, bytes, int]], shard: tuple[int, int]) -> Iterator[tuple[int, bytes, int]]:
+    """Of every n lines the one at place i."""
+    i, n = shard
+    return (line for line in lines if (line[0] - 1) % n == i)
+
+
+def survey(
+    lines: Iterator[tuple[int, bytes, int]], reader: Reader, results: Results, summary: Summary, stop: Stop
+) -> Iterator[tuple[Line, bytes, int]]:
+    """The lines that are still to be answered, with their bytes and checksums; those that are wrong are answered."""
+    first: dict[str, int] = {}
+    for number, raw, checksum in lines:
+        if stop.asked:
+            return
+        summary.lines += 1
+        line = reader.line(number, raw, checksum)
+        if line.custom_id is not None and first.setdefault(line.custom_id, number) != number:
+            why = f"custom_id {line.custom_id!r} is line {first[line.custom_id]}'s already"
+            line = dataclasses.replace(line, ask=None, error=why)
+        if results.has(number, checksum):
+            summary.done_before += 1
+        elif line.ask is None:
+            summary.errors += 1
+            results.write(refusal(line))
+        else:
+            yield line, raw, checksum
 
 
 class Job:
@@ -154,57 +191,33 @@ class Job:
 
     def run(self) -> Summary:
         s, compiled = self.summary, self._model.programs.compile_seconds
-        survey = self._survey()
+        classes = self._survey()
         with tqdm(total=s.lines, initial=s.done_before + s.errors, unit="requests", disable=None) as bar:
             start = self._clock()
-            for longest, count in survey.classes():
-                self._run_class(survey, longest, count, bar)
+            for longest, count in classes.found():
+                self._run_class(classes, longest, count, bar)
             s.compile_seconds = self._model.programs.compile_seconds - compiled
             s.seconds = self._clock() - start
-        s.tokens_per_second = s.tokens / s.seconds if s.tokens else 0.0
-        s.tokens_per_forward = s.tokens / s.denoiser_forwards if s.denoiser_forwards else None
-        if self._latencies:
-            values = np.quantile(self._latencies, [0.5, 0.9, 0.99]).tolist()
-            s.latency = dict(zip(("p50", "p90", "p99"), values, strict=True))
+        s.finish(self._latencies)
         s.interrupted = self._stop.asked
         return s
 
-    def _mine(self) -> Iterator[tuple[int, bytes, int]]:
-        """The lines of this shard that no earlier run has answered."""
-        i, n = self._options.shard
-        for number, raw, checksum in self._lines():
-            if (number - 1) % n == i:
-                yield number, raw, checksum
-
-    def _survey(self) -> "_Survey":
+    def _survey(self) -> "_Classes":
         """Looks at every line: answers those that are wrong, and finds what the others need."""
-        s, survey = self.summary, _Survey(self._model, self._dtype, self._options)
-        first: dict[str, int] = {}
-        for number, raw, checksum in self._mine():
-            if self._stop.asked:
-                break
-            s.lines += 1
-            line = self._reader.line(number, raw, checksum)
-            if line.custom_id is not None and first.setdefault(line.custom_id, number) != number:
-                why = f"custom_id {line.custom_id!r} is line {first[line.custom_id]}'s already"
-                line = dataclasses.replace(line, ask=None, error=why)
-            if self._results.has(number, checksum):
-                s.done_before += 1
-            elif line.ask is None:
-                s.errors += 1
-                self._results.write(result(Answer(line, error=line.error), self._tokenizer, self._name))
-            else:
-                survey.add(number, line.ask.request)
-        return survey
+        classes = _Classes(self._model, self._dtype, self._options)
+        mine = of_shard(self._lines(), self._options.shard)
+        for line, _, _ in survey(mine, self._reader, self._results, self.summary, self._stop):
+            classes.add(line.number, line.ask.request)
+        return classes
 
-    def _run_class(self, survey: "_Survey", longest: int, count: int, bar: tqdm) -> None:
+    def _run_class(self, classes: "_Classes", longest: int, count: int, bar: tqdm) -> None:
         """Answers the lines of one class of lengths."""
         if self._stop.asked:
             return
         model, s = self._model, self.summary
         engine = model.engine(
             longest=longest,
-            block_size=survey.block_size,
+            block_size=classes.block_size,
             waiting=count,
             slots=self._options.slots,
             memory=self._options.memory,
@@ -214,10 +227,10 @@ class Job:
         began: dict[int, float] = {}
 
         def requests() -> Iterator[Request]:
-            for number, raw, checksum in self._mine():
+            for number, raw, checksum in of_shard(self._lines(), self._options.shard):
                 if self._stop.asked:
                     return
-                if survey.longest_of(number) == longest:
+                if classes.longest_of(number) == longest:
                     line = self._reader.line(number, raw, checksum)
                     answers[number], began[number] = Answer(line), self._clock()
                     yield line.ask.request
@@ -255,7 +268,7 @@ class Job:
         s.context_forwards += answer.forwards[1]
 
 
-class _Survey:
+class _Classes:
     """What the lines to be answered need, so that long requests do not cost the short ones their slots."""
 
     def __init__(self, model: Model, dtype: np.dtype, options: Options):
@@ -271,7 +284,7 @@ class _Survey:
         if request.mode == "diffusion":
             self.block_size = max(self.block_size, request.block_size)
 
-    def classes(self) -> list[tuple[int, int]]:
+    def found(self) -> list[tuple[int, int]]:
         """The longest request and the number of requests of each class; within one all slots are equally long.
 
         Requests are of one class if there are as many slots for the longest of them as for the shortest.

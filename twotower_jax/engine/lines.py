@@ -316,9 +316,7 @@ def result(answer: Answer, tokenizer: Tokenizer | None, model: str) -> bytes:
     """The line that answers one, with its end. It depends on the answer alone: it has no times."""
     line = answer.line
     if answer.error is not None:
-        code = "invalid_request" if line.ask is None else "failed"
-        error = {"code": code, "line": line.number, "message": f"line {line.number}: {answer.error}"}
-        return _dumped({"id": line.id, "custom_id": line.custom_id, "response": None, "error": error})
+        return _refused(line, "failed", answer.error)
     ask, text = line.ask, None
     if tokenizer is not None:
         text = text_of(tokenizer, answer.tokens, ask.request.eos_token_id)
@@ -333,6 +331,16 @@ def result(answer: Answer, tokenizer: Tokenizer | None, model: str) -> bytes:
     body |= {"choices": [choice], "usage": usage}
     response = {"status_code": 200, "request_id": line.id, "body": body}
     return _dumped({"id": line.id, "custom_id": line.custom_id, "response": response, "error": None})
+
+
+def refusal(line: Line) -> bytes:
+    """The line that answers one which is wrong."""
+    return _refused(line, "invalid_request", line.error)
+
+
+def _refused(line: Line, code: str, why: str) -> bytes:
+    error = {"code": code, "line": line.number, "message": f"line {line.number}: {why}"}
+    return _dumped({"id": line.id, "custom_id": line.custom_id, "response": None, "error": error})
 
 
 def _logprobs(answer: Answer, tokenizer: Tokenizer | None) -> dict[str, Any]:
