@@ -44,7 +44,7 @@ def in_lock_step(model: tt.Model, wanted: list[Request], rows: int) -> tuple[lis
 def by_engine(model: tt.Model, wanted: list[Request], rows: int, share: float) -> tuple[list[list[int]], float, Engine]:
     """Tokens, seconds without compilation, and the engine."""
     sizes = {"slots": rows, "capacity": max(r.positions for r in wanted), "block_size": 16}
-    engine = Engine(model.towers.context, model.programs, model.params, share=share, **sizes)
+    engine = Engine(model.towers, model.programs, model.params, share=share, **sizes)
     compiled, start = model.programs.compile_seconds, time.perf_counter()
     tokens: list[list[int]] = [[] for _ in wanted]
     for event in engine.run(wanted):

@@ -202,18 +202,13 @@ class Model:
           mask_token_id: the id of `[MASK]`.
 
         Raises:
-          InputError: they do not fit, or the towers have devices of their own.
+          InputError: they do not fit.
         """
-        if self.towers.split:
-            raise InputError(
-                "the engine has no way yet to run towers on devices of their own; give both the same devices, such as "
-                "--context-devices 0,1 --denoiser-devices 0,1"
-            )
-        group, dtype = self.towers.context, two_tower.dtype_of(self.params)
+        dtype = two_tower.dtype_of(self.params)
         sizes = {"longest": longest, "block_size": block_size, "waiting": waiting, "slots": slots, "room": memory}
-        slots, capacity, line = engine_sizes.plan(group, dtype, **sizes)
+        slots, capacity, line = engine_sizes.plan(self.towers, dtype, **sizes)
         made = {"slots": slots, "capacity": capacity, "block_size": block_size, "mask_id": mask_token_id}
-        return Engine(group, self.programs, self.params, about=line, **made)
+        return Engine(self.towers, self.programs, self.params, about=line, **made)
 
     def stream(
         self, requests: Iterable[Request], *, slots: int | None = None, mask_token_id: int = 3

@@ -7,44 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import load
+from streams import MORE, OUTPUTS, PROMPTS, heard, random_requests
 
 import twotower_jax as tt
 from twotower_jax.engine import sizes
 from twotower_jax.engine.request import Request
 from twotower_jax.engine.scheduler import Engine
-
-SHORT, PROMPTS, OUTPUTS = (1, 2, 7, 16), (1, 2, 7, 16, 40, 100), (1, 5, 16, 33, 48)
-KINDS = [
-    ("diffusion", 16, True),
-    ("diffusion", 16, False),
-    ("diffusion", 5, False),
-    ("ar", 1, True),
-    ("mock-ar", 1, False),
-]
-MORE = [*KINDS, ("diffusion", 5, True), ("ar", 1, False), ("mock-ar", 1, True)]
-
-
-def random_requests(model, count, seed=0, kinds=KINDS, prompts=SHORT):
-    """Of all lengths, thresholds, steps, samplers and seeds, in random order; a kind is mode, block, whether drawn."""
-    rng = np.random.default_rng(seed)
-    vocab = model.config.vocab_size
-    for i in rng.permutation(count).tolist():
-        mode, block, drawn = kinds[rng.integers(len(kinds))]
-        yield Request(
-            key=i,
-            prompt=rng.integers(4, vocab, rng.choice(prompts)).tolist(),
-            mode=mode,
-            max_new_tokens=int(rng.choice(OUTPUTS)),
-            block_size=block,
-            steps_per_block=int(rng.integers(1, 17)),
-            confidence_threshold=float(rng.choice([0.2, 0.8, 0.95])),
-            temperature=float(rng.choice([0.5, 1.5])) if drawn else 0.0,
-            top_k=int(rng.integers(2, 30)) if drawn and rng.random() < 0.5 else None,
-            top_p=0.9 if drawn and mode != "diffusion" and rng.random() < 0.5 else None,
-            eos_token_id=rng.integers(4, vocab, rng.integers(0, 3)).tolist(),
-            seed=int(rng.integers(0, 2**32)),
-            row=int(rng.integers(0, 5)),
-        )
 
 
 def alone(model, r):
@@ -59,18 +27,6 @@ def alone(model, r):
         g = generate([r.prompt], top_p=r.top_p, **options)
     n = min(r.max_new_tokens, len(g.tokens[0]))
     return g.tokens[0][:n], g.forwards[0] if n == len(g.tokens[0]) else None
-
-
-def heard(events):
-    """Each key's tokens, and its last event."""
-    tokens, last = {}, {}
-    for event in events:
-        assert event.key not in last, "an event after the end"
-        assert len(event.tokens) == len(event.logprobs)
-        tokens.setdefault(event.key, []).extend(event.tokens)
-        if event.end:
-            last[event.key] = event
-    return tokens, last
 
 
 def assert_as_alone(model, requests, slots):
@@ -97,7 +53,7 @@ def test_300_rows_are_alone(name, slots):
 
 
 def engine(model, slots=8, capacity=64):
-    return Engine(model.towers.context, model.programs, model.params, slots=slots, capacity=capacity, block_size=16)
+    return Engine(model.towers, model.programs, model.params, slots=slots, capacity=capacity, block_size=16)
 
 
 def test_a_row_that_breaks():
@@ -241,13 +197,13 @@ def test_a_backbone():
 def test_what_does_not_fit():
     model = load("tiny-0")
     options = {"longest": 1000, "block_size": 16}
-    group, dtype = model.towers.context, jnp.dtype(jnp.float32)
-    slots, capacity, line = sizes.plan(group, dtype, room=10**8, **options)
+    towers, dtype = model.towers, jnp.dtype(jnp.float32)
+    slots, capacity, line = sizes.plan(towers, dtype, room=10**8, **options)
     assert capacity >= 1000
-    assert slots * sizes.row_bytes(group, capacity, 16, dtype) <= 10**8
+    assert slots * sizes.row_bytes(towers.context, capacity, 16, dtype) <= 10**8
     assert line.startswith(f"{slots} slots: ")
     with pytest.raises(tt.InputError, match=r"not one row fits: .* GB a row of 1024 positions, 1e-05 GB"):
-        sizes.plan(group, dtype, room=10**4, **options)
+        sizes.plan(towers, dtype, room=10**4, **options)
     with pytest.raises(tt.InputError, match="100000 slots do not fit"):
-        sizes.plan(group, dtype, room=10**8, slots=100_000, **options)
-    assert sizes.plan(group, dtype, waiting=2, **options)[0] == 2
+        sizes.plan(towers, dtype, room=10**8, slots=100_000, **options)
+    assert sizes.plan(towers, dtype, waiting=2, **options)[0] == 2

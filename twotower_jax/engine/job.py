@@ -171,9 +171,11 @@ class Job:
         self._model, self._tokenizer, self._lines, self._results = model, tokenizer, lines, results
         self._options, self._name, self._stop = options, name, stop
         self._eos = model.config.eos_token_ids if options.eos is None else options.eos
-        group, self._dtype = model.towers.context, two_tower.dtype_of(model.params)
-        sizes.plan(group, self._dtype, longest=1, block_size=16, room=options.memory)  # says so if not one row fits
-        possible = sizes.longest(group, self._dtype, 16, options.memory)
+        self._dtype = two_tower.dtype_of(model.params)
+        sizes.plan(
+            model.towers, self._dtype, longest=1, block_size=16, room=options.memory
+        )  # says so if not one row fits
+        possible = sizes.longest(model.towers, self._dtype, 16, options.memory)
         self._reader = Reader(
             tokenizer,
             model.config.vocab_size,
@@ -272,7 +274,7 @@ class _Classes:
     """What the lines to be answered need, so that long requests do not cost the short ones their slots."""
 
     def __init__(self, model: Model, dtype: np.dtype, options: Options):
-        self._group, self._dtype, self._options = model.towers.context, dtype, options
+        self._towers, self._dtype, self._options = model.towers, dtype, options
         self.block_size = 1
         self._size: dict[int, int] = {}  # a line's power of two
         self._longest: collections.Counter[int] = collections.Counter()
@@ -304,7 +306,7 @@ class _Classes:
 
     def _slots(self, longest: int) -> int:
         sizes_ = {"block_size": self.block_size, "slots": self._options.slots, "room": self._options.memory}
-        return sizes.plan(self._group, self._dtype, longest=longest, **sizes_)[0]
+        return sizes.plan(self._towers, self._dtype, longest=longest, **sizes_)[0]
 
     def longest_of(self, number: int) -> int | None:
         """Of a line's class; None if it is not to be answered."""

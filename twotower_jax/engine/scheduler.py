@@ -6,19 +6,16 @@ from collections.abc import Hashable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
-from jax.sharding import PartitionSpec
 
-from twotower_jax import sharding, two_tower
-from twotower_jax.engine import steps
+from twotower_jax import two_tower
+from twotower_jax.engine.devices import Apart, Devices, Together
 from twotower_jax.engine.request import MODES, Event, Request, cut
-from twotower_jax.engine.rows import EMPTY, Bench, News, Slots, as_rows, empty_bench, empty_slots
+from twotower_jax.engine.rows import EMPTY, News, as_rows
 from twotower_jax.errors import InputError
-from twotower_jax.placement import Group
-from twotower_jax.programs import Program, Programs
-from twotower_jax.sharding import ROWS, WHOLE
+from twotower_jax.placement import Towers
+from twotower_jax.programs import Programs
 
 SHARE = 0.25  # of the rows that have a full block are read together
-TOKENS = 16  # that rows of one token a step write in a round, at most
 CANCELLED = 8  # rows that one program ends at most
 
 
@@ -28,12 +25,14 @@ class Row:
 
     Attributes:
       request: what is asked.
+      lane: where it is.
       read: tokens of its prompt that the bench was fed.
       tokens: how many it has written.
       denoised, committed: passes of the denoiser, and of the context tower over blocks.
     """
 
     request: Request
+    lane: "_Lane"
     read: int = -1
     tokens: int = 0
     denoised: int = 0
@@ -69,19 +68,32 @@ class Use:
         return self.occupied / self.places if self.places else 0.0
 
 
-@dataclasses.dataclass
-class _Round:
-    """What was started and is not heard of yet: the news of each mode's rows, on the devices."""
+@dataclasses.dataclass(eq=False)
+class _Lane:
+    """A bench and slots, and what the host knows of them.
 
-    news: list[News]
-    loaded: bool
+    Attributes:
+      devices: where they are.
+      places: tickets of the rows on the bench, as far as is known.
+      cancelled: tickets of rows that are to end.
+      rounds: what was started and is not heard of yet: the news, and whether requests were waiting then.
+    """
+
+    devices: Devices
+    places: list[int]
+    cancelled: list[int] = dataclasses.field(default_factory=list)
+    rounds: collections.deque[tuple[list[News], bool]] = dataclasses.field(default_factory=collections.deque)
 
 
 class Engine:
-    """Runs requests on the devices that both towers share.
+    """Runs requests on the towers' devices.
+
+    Where each tower has its own, there are two lanes, of half of the slots each: the context tower reads what one wrote
+    while the denoiser has the other.
 
     Attributes:
-      slots, bench: rows of each.
+      slots: rows that are written at a time.
+      bench: rows that wait, beside them.
       capacity: positions that a row can have.
       block_size: the largest.
       use: of the slots.
@@ -90,7 +102,7 @@ class Engine:
 
     def __init__(
         self,
-        group: Group,
+        towers: Towers,
         programs: Programs,
         params: dict,
         *,
@@ -101,31 +113,21 @@ class Engine:
         share: float = SHARE,
         about: str = "",
     ):
-        shards = group.row_shards
-        self.slots = -(-slots // shards) * shards
-        self.bench = -(-self.slots // shards // 2) * shards
+        lanes, shards = 2 if towers.split else 1, towers.context.row_shards
+        self._lane_slots = -(-slots // (lanes * shards)) * shards
+        self._lane_bench = -(-self._lane_slots // shards // 2) * shards
+        self.slots, self.bench = lanes * self._lane_slots, lanes * self._lane_bench
         self.capacity, self.block_size = capacity, block_size
         self.use, self.about = Use(), about
-        self._group, self._programs, self._params = group, programs, params
-        self._what = f"{self.slots} rows of {capacity} positions, and {self.bench} that wait"
-        config = group.whole
-        states = sharding.state_spec(config)
-        bench_spec = Bench(rows=ROWS, waiting=ROWS, state=states)
-        slots_spec = Slots(rows=ROWS, state=states, block=ROWS, begun=ROWS)
-        self._program = _described(config, "denoiser" in params, bench_spec, slots_spec)
-        dtype = two_tower.dtype_of(params)
-        arrays = {"capacity": capacity, "dtype": dtype}
-        self._on_bench = self._run("empty_bench", rows=self.bench // shards, **arrays)
-        self._in_slots = self._run("empty_slots", rows=self.slots // shards, block_size=block_size, **arrays)
-        self._mask_id, self._share = group.put((np.int32(mask_id), np.float32(share)), WHOLE)
+        sizes = {"slots": self._lane_slots, "bench": self._lane_bench, "capacity": capacity, "block_size": block_size}
+        sizes |= {"share": share, "mask_id": mask_id}
+        sizes |= {"what": f"{self.slots} rows of {capacity} positions, and {self.bench} that wait"}
+        made = Apart if towers.split else Together
+        where = towers if towers.split else towers.context
+        self._lanes = [_Lane(made(where, programs, params, **sizes), [EMPTY] * self._lane_bench) for _ in range(lanes)]
         self._rows: dict[int, Row] = {}  # by ticket
         self._tickets: dict[Hashable, int] = {}
-        self._places: list[int] = [EMPTY] * self.bench  # tickets of the rows on the bench, as far as is known
-        self._cancelled: list[int] = []
         self._next = 0
-
-    def _run(self, name: str, *arrays: Any, **sizes: Any) -> Any:
-        return self._programs.run(self._group, self._program[name], *arrays, what=self._what, **sizes)
 
     def run(self, requests: Iterable[Request]) -> Iterator[Event]:
         """Takes checked requests as there is room for them, and gives events as rows write.
@@ -134,27 +136,30 @@ class Engine:
           InputError: a request does not fit; what was running is lost to this call.
         """
         queue = _Peekable(requests)
-        rounds: collections.deque[_Round] = collections.deque()
-        while True:
-            yield from self._welcome(queue)
-            self._feed()
-            modes = self._modes()
-            if modes:
-                self._seat()
-                rounds.append(_Round([self._write(mode) for mode in modes], not queue.ended))
-            if rounds and (len(rounds) > 1 or not modes):
-                yield from self._hear(rounds.popleft())
-            if not self._rows and queue.ended:
-                return
+        while self._rows or not queue.ended:
+            for lane in self._lanes:
+                yield from self._welcome(lane, queue)
+                self._feed(lane)
+                modes = self._modes(lane)
+                if modes:
+                    self._seat(lane)
+                    news = [part for mode in modes for part in lane.devices.write(mode)]
+                    for leaf in (leaf for part in news for leaf in dataclasses.astuple(part)):
+                        leaf.copy_to_host_async()
+                    lane.rounds.append((news, not queue.ended))
+                if lane.rounds and (len(lane.rounds) > 1 or not modes):
+                    yield from self._hear(lane)
+        for lane in self._lanes:
+            lane.rounds.clear()
 
     def cancel(self, key: Hashable) -> Event | None:
         """Ends a row; what it writes in the meantime is not heard. None if there is no such row any more."""
         ticket = self._tickets.get(key)
         if ticket is None:
             return None
-        self._cancelled.append(ticket)
-        if ticket in self._places:
-            self._places[self._places.index(ticket)] = EMPTY
+        lane = self._rows[ticket].lane
+        lane.cancelled.append(ticket)
+        lane.places = [EMPTY if t == ticket else t for t in lane.places]
         return self._end(ticket, [], [], "cancelled", None)
 
     def refuses(self, request: Request) -> str | None:
@@ -168,9 +173,9 @@ class Engine:
             )
         return None
 
-    def _welcome(self, queue: "_Peekable") -> Iterator[Event]:
+    def _welcome(self, lane: _Lane, queue: "_Peekable") -> Iterator[Event]:
         """New requests on free places of the bench."""
-        for place, ticket in enumerate(self._places):
+        for place, ticket in enumerate(lane.places):
             while ticket == EMPTY and not queue.ended:
                 request = queue.take()
                 if request.key in self._tickets:
@@ -181,20 +186,20 @@ class Engine:
                     yield Event(request.key, [], [], "length", None, 0, 0)
                     continue
                 ticket, self._next = self._next, (self._next + 1) % (2**31 - 1)
-                self._rows[ticket] = Row(request)
+                self._rows[ticket] = Row(request, lane)
                 self._tickets[request.key] = ticket
-                self._places[place] = ticket
+                lane.places[place] = ticket
 
-    def _feed(self) -> None:
+    def _feed(self, lane: _Lane) -> None:
         """Reads a piece of the prompts on the bench, unless enough rows wait that one can wait for more prompts."""
-        reading = {i: t for i, t in enumerate(self._places) if t != EMPTY and not self._ready(t)}
-        waiting = sum(t != EMPTY for t in self._places) - len(reading)
-        if not reading or (waiting and 2 * len(reading) < self.bench):
+        reading = {i: t for i, t in enumerate(lane.places) if t != EMPTY and not self._ready(t)}
+        waiting = sum(t != EMPTY for t in lane.places) - len(reading)
+        if not reading or (waiting and 2 * len(reading) < self._lane_bench):
             return
         width = self._width(max(self._left(t) for t in reading.values()))
-        tokens = np.zeros((self.bench, width), np.int32)
-        count = np.zeros(self.bench, np.int32)
-        fresh, ready = np.zeros(self.bench, bool), np.zeros(self.bench, bool)
+        tokens = np.zeros((self._lane_bench, width), np.int32)
+        count = np.zeros(self._lane_bench, np.int32)
+        fresh, ready = np.zeros(self._lane_bench, bool), np.zeros(self._lane_bench, bool)
         for place, ticket in reading.items():
             row = self._rows[ticket]
             fresh[place], row.read = row.read < 0, max(row.read, 0)
@@ -202,10 +207,8 @@ class Engine:
             tokens[place, : len(piece)], count[place] = piece, len(piece)
             row.read += len(piece)
             ready[place] = row.read == row.request.read_first
-        requests = [self._rows[t].request if t in self._rows else None for t in self._places]
-        new = as_rows(requests, self._places)
-        arrays = self._group.put((new, fresh, tokens, count, ready), ROWS)
-        self._on_bench = self._run("feed", {"context": self._params["context"]}, self._on_bench, *arrays)
+        requests = [self._rows[t].request if t in self._rows else None for t in lane.places]
+        lane.devices.feed(as_rows(requests, lane.places), fresh, tokens, count, ready)
 
     def _ready(self, ticket: int) -> bool:
         return self._left(ticket) == 0 and self._rows[ticket].read >= 0
@@ -217,50 +220,41 @@ class Engine:
 
     def _width(self, longest: int) -> int:
         """Of a piece: one of few, so that few programs are compiled."""
-        most = max(16, two_tower.PREFILL_TOKENS // self.bench)
+        most = max(16, two_tower.PREFILL_TOKENS // self._lane_bench)
         width = 16
         while width < min(longest, most):
             width *= 4
         return min(width, 1 << (most.bit_length() - 1))
 
-    def _modes(self) -> list[str]:
+    def _modes(self, lane: _Lane) -> list[str]:
         """Those of rows that wait for a slot or have one."""
-        found = {row.request.mode for ticket, row in self._rows.items() if self._ready(ticket)}
+        found = {row.request.mode for ticket, row in self._rows.items() if row.lane is lane and self._ready(ticket)}
         return [mode for mode in MODES if mode in found]
 
-    def _seat(self) -> None:
+    def _seat(self, lane: _Lane) -> None:
         while True:
-            now, self._cancelled = self._cancelled[:CANCELLED], self._cancelled[CANCELLED:]
-            cancelled = np.full(CANCELLED, EMPTY - 1, np.int32)
-            cancelled[: len(now)] = now
-            if now or any(t != EMPTY and self._ready(t) for t in self._places):
-                cancelled = self._group.put(cancelled, WHOLE)
-                self._on_bench, self._in_slots = self._run("seat", self._on_bench, self._in_slots, cancelled)
-            if not self._cancelled:
+            now, lane.cancelled = lane.cancelled[:CANCELLED], lane.cancelled[CANCELLED:]
+            if now or any(t != EMPTY and self._ready(t) for t in lane.places):
+                cancelled = np.full(CANCELLED, EMPTY - 1, np.int32)
+                cancelled[: len(now)] = now
+                lane.devices.seat(cancelled)
+            if not lane.cancelled:
                 return
 
-    def _write(self, mode: str) -> News:
-        if mode == "diffusion":
-            self._in_slots, news = self._run("denoise", self._params, self._in_slots, self._share, self._mask_id)
-        else:
-            sizes = {"mode": mode, "tokens": TOKENS}
-            self._in_slots, news = self._run("write", self._params, self._in_slots, self._share, **sizes)
-        for leaf in dataclasses.astuple(news):
-            leaf.copy_to_host_async()
-        return news
-
-    def _hear(self, round_: _Round) -> Iterator[Event]:
+    def _hear(self, lane: _Lane) -> Iterator[Event]:
+        """What the lane's oldest round wrote."""
         seated: set[int] = set()
-        for news in map(self._group.fetch, round_.news):
+        parts, loaded = lane.rounds.popleft()
+        for news in map(lane.devices.fetch, parts):
             seated |= set(news.ticket.tolist())
             for i in np.flatnonzero((news.count > 0) | news.ended):
                 if (ticket := int(news.ticket[i])) in self._rows:
                     yield self._wrote(ticket, news, i)
         seated.discard(EMPTY)
-        self._places = [EMPTY if t in seated else t for t in self._places]
+        lane.places = [EMPTY if t in seated else t for t in lane.places]
         self.use.rounds += 1
-        if round_.loaded:
-            self.use.places += self.slots
+        if loaded:
+            self.use.places += self._lane_slots
             self.use.occupied += len(seated)
 
     def _wrote(self, ticket: int, news: News, i: int) -> Event:
@@ -304,18 +298,3 @@ class _Peekable:
         item = self._item
         self._advance()
         return item
-
-
-def _described(config: Any, two_towers: bool, bench: Any, slots: Any) -> dict[str, Program]:
-    """The engine's programs."""
-    context = sharding.specs(config, "context")
-    params = sharding.specs(config, "context", "denoiser") if two_towers else context
-    rows: PartitionSpec = ROWS
-    return {
-        "empty_bench": Program(empty_bench, (), bench),
-        "empty_slots": Program(empty_slots, (), slots),
-        "feed": Program(steps.feed, (context, bench, rows, rows, rows, rows, rows), bench, donated=(1,)),
-        "seat": Program(steps.seat, (bench, slots, WHOLE), (bench, slots), donated=(0, 1)),
-        "denoise": Program(steps.denoise, (params, slots, WHOLE, WHOLE), (slots, rows), donated=(1,)),
-        "write": Program(steps.write, (params, slots, WHOLE), (slots, rows), donated=(1,)),
-    }

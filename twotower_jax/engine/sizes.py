@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from twotower_jax import memory
 from twotower_jax.errors import InputError
-from twotower_jax.placement import Group
+from twotower_jax.placement import Group, Towers
 from twotower_jax.state import state_bytes
 
 SLOTS = {"cpu": 16}  # more gain nothing there
@@ -26,23 +26,23 @@ def row_bytes(group: Group, capacity: int, block_size: int, dtype: jnp.dtype) ->
     return state_bytes(c, 1, capacity, dtype) * 3 // 2 + 4 * block_size * (2 * scores + logits)
 
 
-def longest(group: Group, dtype: jnp.dtype, block_size: int, room: int | None = None) -> int:
+def longest(towers: Towers, dtype: jnp.dtype, block_size: int, room: int | None = None) -> int:
     """The positions that a single row can have."""
-    free = _free(group) if room is None else room
+    free = _free(towers) if room is None else room
     low, high = 0, 2**31
     while high - low > 1:
         middle = (low + high) // 2
-        fits = row_bytes(group, capacity_of(middle), block_size, dtype) <= free
+        fits = row_bytes(towers.context, capacity_of(middle), block_size, dtype) <= free
         low, high = (middle, high) if fits else (low, middle)
     return low
 
 
-def _free(group: Group) -> int:
-    return int(USABLE * min(memory.free_bytes(device) for device in group.local_devices))
+def _free(towers: Towers) -> int:
+    return int(USABLE * min(memory.free_bytes(device) for group in towers.groups for device in group.local_devices))
 
 
 def plan(
-    group: Group,
+    towers: Towers,
     dtype: jnp.dtype,
     *,
     longest: int,
@@ -54,7 +54,7 @@ def plan(
     """The number of slots, the positions of each, and both in one line.
 
     Args:
-      group: the devices.
+      towers: their devices.
       dtype: of the model.
       longest: positions of the longest request.
       block_size: the largest.
@@ -66,8 +66,9 @@ def plan(
       InputError: they do not fit.
     """
     capacity = capacity_of(longest)
+    group = towers.context
     one = row_bytes(group, capacity, block_size, dtype)
-    free = _free(group) if room is None else room
+    free = _free(towers) if room is None else room
     fit = free // one * group.row_shards
     numbers = f"{one / 1e9:.3g} GB a row of {capacity} positions, {free / 1e9:.3g} GB of a device to use"
     if fit < 1 or capacity >= 2**31:

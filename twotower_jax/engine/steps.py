@@ -1,6 +1,8 @@
 """What the devices do in a round: read prompts, fill slots, write.
 
 Each function is a program's, on one device's part of the rows; rows move from a device's bench to its own slots alone.
+Where the towers have devices of their own, both have a bench and slots, and seat alike; what is new in the context's
+state goes to the denoiser's copy.
 """
 
 from typing import Any
@@ -42,11 +44,40 @@ def feed(
       ready: (R,) bool, rows whose prompt ends with this piece.
     """
     with jax.named_scope("feed"):
-        rows = _chosen(fresh, new, bench.rows)
-        # All of it: a value that was not finite would live on under a mask.
-        state = _chosen(fresh, jax.tree.map(jnp.zeros_like, bench.state), bench.state)
-        _, state = two_tower.extend(config, params, state, tokens, count)
-        return Bench(rows, (bench.waiting & ~fresh) | ready, state)
+        bench = _welcomed(bench, new, fresh, ready)
+        return bench.replace(state=two_tower.extend(config, params, bench.state, tokens, count)[1])
+
+
+def _welcomed(bench: Bench, new: Rows, fresh: jax.Array, ready: jax.Array) -> Bench:
+    # All of the state: a value that was not finite would live on under a mask.
+    state = _chosen(fresh, jax.tree.map(jnp.zeros_like, bench.state), bench.state)
+    return Bench(_chosen(fresh, new, bench.rows), (bench.waiting & ~fresh) | ready, state)
+
+
+def feed_apart(
+    config: Config,
+    params: dict,
+    bench: Bench,
+    new: Rows,
+    fresh: jax.Array,
+    tokens: jax.Array,
+    count: jax.Array,
+    ready: jax.Array,
+) -> tuple[Bench, TowerState]:
+    """`feed`, and what is new in the context's state."""
+    before = jnp.where(fresh, 0, bench.state.length)
+    bench = feed(config, params, bench, new, fresh, tokens, count, ready)
+    return bench, _news(bench.state, before, tokens.shape[1])
+
+
+def follow(config: Config, bench: Bench, new: Rows, fresh: jax.Array, ready: jax.Array, came: TowerState) -> Bench:
+    """What `feed_apart` did, on the denoiser's devices."""
+    bench = _welcomed(bench, new, fresh, ready)
+    return bench.replace(state=two_tower.absorb(bench.state, came))
+
+
+def _news(state: TowerState, before: jax.Array, size: int) -> TowerState:
+    return two_tower.with_mamba(two_tower.news(state, before, size), state)
 
 
 def seat(config: Config, bench: Bench, slots: Slots, cancelled: jax.Array) -> tuple[Bench, Slots]:
@@ -78,15 +109,21 @@ def seat(config: Config, bench: Bench, slots: Slots, cancelled: jax.Array) -> tu
         return bench.replace(waiting=waiting & ~seated), slots.replace(rows=rows, state=state, begun=begun)
 
 
-def denoise(config: Config, params: dict, slots: Slots, share: jax.Array, mask_id: jax.Array) -> tuple[Slots, News]:
-    """Denoises until enough rows have a full block; the context tower reads these.
+def denoise(
+    config: Config, params: dict, slots: Slots, share: jax.Array, mask_id: jax.Array
+) -> tuple[Slots, News, jax.Array]:
+    """Denoises until enough rows have a full block.
 
     Args:
       config: dimensions.
-      params: parameters of both towers.
+      params: parameters of the denoiser.
       slots: before.
       share: () float32 of the rows that are denoised is enough.
       mask_id: () int32, the token that stands for a masked position.
+
+    Returns:
+      the slots, with their state as it was; the news; and how much of its block the context tower reads of each row,
+      (B,) int32.
     """
     rows, width = slots.rows, slots.block.tokens.shape[1]
     own = rows.of_mode("diffusion")
@@ -117,42 +154,43 @@ def denoise(config: Config, params: dict, slots: Slots, share: jax.Array, mask_i
         ended=ended,
         failed=failed,
     )
-    goes_on = done & ~ended
+    reads = jnp.where(done & ~ended, rows.size, 0)
+    rows = rows.replace(ticket=jnp.where(ended, EMPTY, rows.ticket), written=rows.written + reads)
+    return Slots(rows, slots.state, block, (slots.begun | own) & ~done), news, reads
 
-    def read(state: TowerState) -> TowerState:
+
+def read(config: Config, params: dict, state: TowerState, tokens: jax.Array, count: jax.Array) -> TowerState:
+    """The context tower reads so many (B,) of the tokens (B, n) of each row."""
+
+    def extended(state: TowerState) -> TowerState:
         with jax.named_scope("commit"):
-            return two_tower.extend(config, params, state, block.tokens, jnp.where(goes_on, rows.size, 0))[1]
+            return two_tower.extend(config, params, state, tokens, count)[1]
 
-    state = when(any_row(goes_on, config), read, slots.state)
-    rows = rows.replace(
-        ticket=jnp.where(ended, EMPTY, rows.ticket), written=rows.written + jnp.where(goes_on, rows.size, 0)
-    )
-    return Slots(rows, state, block, (slots.begun | own) & ~done), news
+    return when(any_row(count > 0, config), extended, state)
+
+
+def denoise_and_read(
+    config: Config, params: dict, slots: Slots, share: jax.Array, mask_id: jax.Array
+) -> tuple[Slots, News]:
+    """`denoise`, and `read` of the blocks that are full."""
+    slots, news, reads = denoise(config, params, slots, share, mask_id)
+    return slots.replace(state=read(config, params, slots.state, slots.block.tokens, reads)), news
 
 
 def write(
-    config: Config,
-    params: dict,
-    slots: Slots,
-    share: jax.Array,
-    *,
-    mode: str,
-    tokens: int,
+    config: Config, params: dict, slots: Slots, share: jax.Array, *, mode: str, tokens: int
 ) -> tuple[Slots, News]:
     """Rows of `ar` or `mock-ar` write so many tokens, one at a time, or until enough of them have ended.
 
     Args:
       config: dimensions.
-      params: parameters of both towers, or of a backbone's.
+      params: parameters of both towers; for `ar` the context tower's alone will do.
       slots: before.
       share: () float32 of the rows is enough.
       mode: which of the two.
       tokens: that are written at most.
     """
-    own, vocabulary = slots.rows.of_mode(mode), Vocabulary(config.shards.tensor)
-    shape = (own.shape[0], tokens)
-    none, no = jnp.zeros(shape[0], jnp.int32), jnp.zeros(shape[0], bool)
-    news = News(slots.rows.ticket, jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32), none, none, no, no)
+    own = slots.rows.of_mode(mode)
     enough = jnp.ceil(share * row_sum(own, config))
 
     def more(carry: tuple) -> jax.Array:
@@ -164,29 +202,81 @@ def write(
         turn, rows, state, news = carry
         active = own & ~news.ended
         logits, state = _next_logits(config, params, state, rows.last, active, mode)
-        drawn = rows.sampler.predict(logits, rows.keys(1), vocabulary)
-        failed = active & broken(logits, vocabulary)
-        fine = active & ~failed
-        ended = fine & (rows.ends(drawn)[:, 0] | (rows.written + 1 >= rows.limit))
-
-        def put(into: jax.Array, column: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_update_slice_in_dim(into, column, turn, axis=1)
-
-        news = News(
-            ticket=news.ticket,
-            tokens=put(news.tokens, drawn),
-            probability=put(news.probability, vocabulary.probability(logits, drawn)),
-            count=news.count + fine,
-            forwards=news.forwards + active,
-            ended=news.ended | failed | ended,
-            failed=news.failed | failed,
-        )
-        rows = rows.replace(last=jnp.where(fine, drawn[:, 0], rows.last), written=rows.written + fine)
+        rows, news = _add(config, rows, news, logits, active, turn)
         return turn + 1, rows, state, news
 
-    _, rows, state, news = jax.lax.while_loop(more, token, (0, slots.rows, slots.state, news))
-    rows = rows.replace(ticket=jnp.where(news.ended, EMPTY, rows.ticket))
-    return slots.replace(rows=rows, state=state), news
+    _, rows, state, news = jax.lax.while_loop(
+        more, token, (0, slots.rows, slots.state, _no_news(slots.rows.ticket, tokens))
+    )
+    return slots.replace(rows=_left(rows, news), state=state), news
+
+
+def write_apart(config: Config, params: dict, slots: Slots) -> tuple[Slots, News, jax.Array, jax.Array]:
+    """The denoiser writes one token of the rows of `mock-ar`.
+
+    Returns:
+      the slots and the news, and for `read` the tokens before those (B, 1) and how many are read of each row (B,).
+    """
+    active, last = slots.rows.of_mode("mock-ar"), slots.rows.last[:, None]
+    logits = two_tower.denoise(config, params, slots.state, last, t=None)
+    rows, news = _add(config, slots.rows, _no_news(slots.rows.ticket, 1), logits, active, 0)
+    return slots.replace(rows=_left(rows, news)), news, last, (active & ~news.ended).astype(jnp.int32)
+
+
+def _no_news(ticket: jax.Array, tokens: int) -> News:
+    shape = (ticket.shape[0], tokens)
+    none, no = jnp.zeros(shape[0], jnp.int32), jnp.zeros(shape[0], bool)
+    return News(ticket, jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32), none, none, no, no)
+
+
+def _add(
+    config: Config, rows: Rows, news: News, logits: jax.Array, active: jax.Array, turn: jax.Array | int
+) -> tuple[Rows, News]:
+    """With the next token of the active rows, drawn from logits (B, 1, V), at a place of the news."""
+    vocabulary = Vocabulary(config.shards.tensor)
+    drawn = rows.sampler.predict(logits, rows.keys(1), vocabulary)
+    failed = active & broken(logits, vocabulary)
+    fine = active & ~failed
+    ended = fine & (rows.ends(drawn)[:, 0] | (rows.written + 1 >= rows.limit))
+
+    def put(into: jax.Array, column: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(into, column, turn, axis=1)
+
+    news = News(
+        ticket=news.ticket,
+        tokens=put(news.tokens, drawn),
+        probability=put(news.probability, vocabulary.probability(logits, drawn)),
+        count=news.count + fine,
+        forwards=news.forwards + active,
+        ended=news.ended | failed | ended,
+        failed=news.failed | failed,
+    )
+    return rows.replace(last=jnp.where(fine, drawn[:, 0], rows.last), written=rows.written + fine), news
+
+
+def _left(rows: Rows, news: News) -> Rows:
+    """Without the rows that have ended."""
+    return rows.replace(ticket=jnp.where(news.ended, EMPTY, rows.ticket))
+
+
+def read_apart(
+    config: Config, params: dict, slots: Slots, tokens: jax.Array, count: jax.Array, ticket: jax.Array
+) -> tuple[Slots, TowerState]:
+    """`read` of what the denoiser's devices sent, with the tickets (B,) there; and what is new in the state."""
+    before = slots.state.length
+    state = read(config, params, slots.state, tokens, count)
+    slots = slots.replace(state=state, rows=slots.rows.replace(ticket=ticket))
+    return slots, _news(state, before, tokens.shape[1])
+
+
+def absorb(config: Config, slots: Slots, came: TowerState) -> Slots:
+    """What `read_apart` found new, in the denoiser's copy."""
+    return slots.replace(state=two_tower.absorb(slots.state, came))
+
+
+def release(config: Config, slots: Slots, ticket: jax.Array) -> Slots:
+    """The rows that are left (B,) where the context tower wrote alone."""
+    return slots.replace(rows=slots.rows.replace(ticket=ticket))
 
 
 def _next_logits(

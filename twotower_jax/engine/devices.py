@@ -1,0 +1,150 @@
+"""A bench and slots on the devices, and the programs that run there: `Together` for towers that share their devices,
+`Apart` for towers that have devices of their own.
+"""
+
+from typing import Any, Protocol
+
+import numpy as np
+
+from twotower_jax import sharding, two_tower
+from twotower_jax.engine import steps
+from twotower_jax.engine.rows import Bench, News, Rows, Slots, empty_bench, empty_slots
+from twotower_jax.placement import Group, Towers
+from twotower_jax.programs import Program, Programs
+from twotower_jax.sharding import ROWS, WHOLE
+
+TOKENS = 16  # that rows of one token a step write in a round, at most
+
+
+class Devices(Protocol):
+    """What the scheduler starts; nothing here waits for a device."""
+
+    def feed(self, new: Rows, fresh: Any, tokens: Any, count: Any, ready: Any) -> None:
+        """See `steps.feed`; arrays of the host."""
+
+    def seat(self, cancelled: np.ndarray) -> None:
+        """See `steps.seat`."""
+
+    def write(self, mode: str) -> list[News]:
+        """Has the rows of a mode write; the news, on the devices."""
+
+    def fetch(self, news: News) -> News:
+        """The news on the host."""
+
+
+class _Place:
+    """A bench and slots on a group of devices."""
+
+    def __init__(self, group: Group, programs: Programs, what: str, slots: int, bench: int, block_size: int, **arrays):
+        self.group, self._programs, self._what = group, programs, what
+        states = sharding.state_spec(group.whole)
+        self.bench_spec = Bench(rows=ROWS, waiting=ROWS, state=states)
+        self.slots_spec = Slots(rows=ROWS, state=states, block=ROWS, begun=ROWS)
+        shards = group.row_shards
+        self.bench = self.run(Program(empty_bench, (), self.bench_spec), rows=bench // shards, **arrays)
+        sizes = {"rows": slots // shards, "block_size": block_size}
+        self.slots = self.run(Program(empty_slots, (), self.slots_spec), **sizes, **arrays)
+        both = (self.bench_spec, self.slots_spec)
+        self._seat = Program(steps.seat, (*both, WHOLE), both, donated=(0, 1))
+
+    def run(self, program: Program, *arrays: Any, **sizes: Any) -> Any:
+        return self._programs.run(self.group, program, *arrays, what=self._what, **sizes)
+
+    def seat(self, cancelled: np.ndarray) -> None:
+        self.bench, self.slots = self.run(self._seat, self.bench, self.slots, self.group.put(cancelled, WHOLE))
+
+    def fetch(self, news: News) -> News:
+        return self.group.fetch(news)
+
+
+class Together:
+    """Both towers, or a backbone, on the same devices."""
+
+    def __init__(self, group: Group, programs: Programs, params: dict, share: float, mask_id: int, **sizes: Any):
+        self._params = params
+        self._place = here = _Place(group, programs, **sizes, dtype=two_tower.dtype_of(params))
+        self._share, self._mask_id = group.put((np.float32(share), np.int32(mask_id)), WHOLE)
+        context = sharding.specs(group.whole, "context")
+        both = sharding.specs(group.whole, *params)
+        bench, slots = here.bench_spec, here.slots_spec
+        self._feed = Program(steps.feed, (context, bench, *[ROWS] * 5), bench, donated=(1,))
+        self._denoise = Program(steps.denoise_and_read, (both, slots, WHOLE, WHOLE), (slots, ROWS), donated=(1,))
+        self._write = Program(steps.write, (both, slots, WHOLE), (slots, ROWS), donated=(1,))
+        self.seat, self.fetch = here.seat, here.fetch
+
+    def feed(self, *arrays: Any) -> None:
+        here, context = self._place, {"context": self._params["context"]}
+        here.bench = here.run(self._feed, context, here.bench, *here.group.put(arrays, ROWS))
+
+    def write(self, mode: str) -> list[News]:
+        here = self._place
+        if mode == "diffusion":
+            here.slots, news = here.run(self._denoise, self._params, here.slots, self._share, self._mask_id)
+        else:
+            sizes = {"mode": mode, "tokens": TOKENS}
+            here.slots, news = here.run(self._write, self._params, here.slots, self._share, **sizes)
+        return [news]
+
+
+class Apart:
+    """Each tower on its own devices, which both have a bench and slots; the denoiser's say who has ended."""
+
+    def __init__(self, towers: Towers, programs: Programs, params: dict, share: float, mask_id: int, **sizes: Any):
+        self._towers = towers
+        self._context, self._denoiser = {"context": params["context"]}, {"denoiser": params["denoiser"]}
+        sizes |= {"dtype": two_tower.dtype_of(params)}
+        there, here = [_Place(group, programs, **sizes) for group in towers.groups]
+        self._there, self._here = there, here
+        self._share, self._mask_id = here.group.put((np.float32(share), np.int32(mask_id)), WHOLE)
+        self._share_there = there.group.put(np.float32(share), WHOLE)
+        context, denoiser = (sharding.specs(here.group.whole, name) for name in ("context", "denoiser"))
+        self._states = states = sharding.state_spec(here.group.whole)
+        bench, slots = here.bench_spec, here.slots_spec
+        self._feed = Program(steps.feed_apart, (context, bench, *[ROWS] * 5), (bench, states), donated=(1,))
+        self._follow = Program(steps.follow, (bench, ROWS, ROWS, ROWS, states), bench, donated=(0,))
+        self._denoise = Program(steps.denoise, (denoiser, slots, WHOLE, WHOLE), (slots, ROWS, ROWS), donated=(1,))
+        self._mock = Program(steps.write_apart, (denoiser, slots), (slots, ROWS, ROWS, ROWS), donated=(1,))
+        self._read = Program(steps.read_apart, (context, slots, ROWS, ROWS, ROWS), (slots, states), donated=(1,))
+        self._absorb = Program(steps.absorb, (slots, states), slots, donated=(0,))
+        self._write = Program(steps.write, (context, slots, WHOLE), (slots, ROWS), donated=(1,))
+        self._release = Program(steps.release, (slots, ROWS), slots, donated=(0,))
+
+    def fetch(self, news: News) -> News:
+        return self._here.fetch(news)
+
+    def feed(self, new: Rows, fresh: Any, tokens: Any, count: Any, ready: Any) -> None:
+        there, here = self._there, self._here
+        arrays = there.group.put((new, fresh, tokens, count, ready), ROWS)
+        there.bench, came = there.run(self._feed, self._context, there.bench, *arrays)
+        came = self._towers.move(came, self._states, here.group)
+        here.bench = here.run(self._follow, here.bench, *here.group.put((new, fresh, ready), ROWS), came)
+
+    def seat(self, cancelled: np.ndarray) -> None:
+        self._there.seat(cancelled)
+        self._here.seat(cancelled)
+
+    def write(self, mode: str) -> list[News]:
+        there, here = self._there, self._here
+        if mode == "diffusion":
+            here.slots, news, reads = here.run(self._denoise, self._denoiser, here.slots, self._share, self._mask_id)
+            self._send(here.slots.block.tokens, reads)
+            return [news]
+        if mode == "mock-ar":
+            heard = []
+            for _ in range(TOKENS):
+                here.slots, news, last, reads = here.run(self._mock, self._denoiser, here.slots)
+                self._send(last, reads)
+                heard.append(news)
+            return heard
+        sizes = {"mode": mode, "tokens": TOKENS}
+        there.slots, news = there.run(self._write, self._context, there.slots, self._share_there, **sizes)
+        ticket = self._towers.move(there.slots.rows.ticket, ROWS, here.group)
+        here.slots = here.run(self._release, here.slots, ticket)
+        return [news]
+
+    def _send(self, tokens: Any, reads: Any) -> None:
+        """Has the context tower read, and the denoiser's copy follow."""
+        there, here = self._there, self._here
+        came = self._towers.move((tokens, reads, here.slots.rows.ticket), ROWS, there.group)
+        there.slots, news = there.run(self._read, self._context, there.slots, *came)
+        here.slots = here.run(self._absorb, here.slots, self._towers.move(news, self._states, here.group))
