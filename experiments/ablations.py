@@ -51,9 +51,9 @@ def ablated(change):
     """The library with another `two_tower.denoise`, which gets what `change` leaves of the state and the time."""
     original = two_tower.denoise
 
-    def denoise(config, params, state, block, t):
+    def denoise(config, params, state, block, t, *size):
         state, t = change(state, t)
-        return original(config, params, state, block, t)
+        return original(config, params, state, block, t, *size)
 
     return mock.patch.object(two_tower, "denoise", denoise)
 

@@ -5,14 +5,8 @@ import numpy as np
 from twotower_jax.engine.request import Request
 
 SHORT, PROMPTS, OUTPUTS = (1, 2, 7, 16), (1, 2, 7, 16, 40, 100), (1, 5, 16, 33, 48)
-KINDS = [
-    ("diffusion", 16, True),
-    ("diffusion", 16, False),
-    ("diffusion", 5, False),
-    ("ar", 1, True),
-    ("mock-ar", 1, False),
-]
-MORE = [*KINDS, ("diffusion", 5, True), ("ar", 1, False), ("mock-ar", 1, True)]
+KINDS = [("diffusion", 16, True), ("diffusion", 5, False), ("ar", 1, True), ("mock-ar", 1, False)]
+MORE = [*KINDS, ("diffusion", 16, False), ("diffusion", 5, True), ("ar", 1, False), ("mock-ar", 1, True)]
 
 
 def random_requests(model, count, seed=0, kinds=KINDS, prompts=SHORT):

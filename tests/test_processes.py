@@ -10,6 +10,7 @@ import time
 
 import pytest
 from conftest import DATA, load
+from jobs import good, results, run, write
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [4]]
 
@@ -100,6 +101,22 @@ def test_processes_with_other_numbers_of_devices(free_port):
     said, statuses = ends(start(free_port, devices=(1, 2)))
     assert statuses == [2, 2]
     assert all("the processes have 1, 2 devices; give each as many" in error for _, error in said)
+
+
+@pytest.mark.slow
+def test_a_batch_job(free_port, tmp_path):
+    """One engine over two processes of two devices: the lines of one device, written once."""
+    source, target = write(tmp_path / "in.jsonl", [*map(good, range(40)), b"not JSON"]), tmp_path / "out.jsonl"
+    command = [sys.executable, "-m", "twotower_jax.cli", "batch", source, str(target), "--model", DATA / "tiny-0"]
+    command += ["--dtype", "float32", "--slots", "8", "--coordinator", f"localhost:{free_port}", "--processes", "2"]
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    said, statuses = ends([subprocess.Popen([*command, "--process", str(i)], **pipes) for i in range(2)])
+    assert statuses == [1, 1], said  # a line was wrong
+    assert "40 results and 1 errors of 41 lines" in said[0][1]
+    assert said[1][1].count("results and") == 0
+    run(source, tmp_path / "alone.jsonl")
+    assert results(target) == results(tmp_path / "alone.jsonl")
 
 
 @pytest.mark.slow

@@ -134,6 +134,7 @@ def _add_batch(parser: argparse.ArgumentParser) -> None:
     add("--ray", type=int, metavar="N", help="so many engines on a Ray cluster; IN and OUT may be folders")
     add("--gpus", type=float, metavar="G", help="with --ray: of each engine (1 where there are any)")
     _add_placement(parser)
+    _add_job(parser)
     _add_json(parser)
 
 
@@ -266,7 +267,7 @@ def _demo(args: argparse.Namespace) -> int:
 def _batch(args: argparse.Namespace) -> int:
     """Answer every line of a file once, in OpenAI's batch format; a job that was stopped goes on where it was."""
     import twotower_jax as tt
-    from twotower_jax import inputs, sources
+    from twotower_jax import distributed, inputs, sources
     from twotower_jax.engine import cluster, files, job
     from twotower_jax.placement import shared
     from twotower_jax.programs import keep_between_runs
@@ -285,32 +286,33 @@ def _batch(args: argparse.Namespace) -> int:
         eos=None if args.eos_token_id is None else _stop_ids(args.eos_token_id),
         slots=None if args.slots is None else inputs.whole("--slots", args.slots, 1, 2**20),
         memory=None if args.memory is None else int(1e9 * inputs.number("--memory", args.memory, 0, 1e6)),
-        positions=inputs.whole("--context", args.context or job.POSITIONS, 1, 2**31 - 1),
+        positions=inputs.whole("--context", job.POSITIONS if args.context is None else args.context, 1, 2**31 - 1),
         shard=(int(shard[1]), int(shard[2])),
     )
     if args.ray is not None:
+        if args.coordinator is not None:
+            raise InputError("--ray and --coordinator are two ways to use many machines; give one")
         actors = inputs.whole("--ray", args.ray, 1, 2**20)
-        summary = cluster.run(
-            args.model,
-            args.source,
-            args.target,
-            options,
-            dtype=args.dtype,
-            actors=actors,
-            gpus=args.gpus,
-            placement=_placement(args),
-        )
+        placement = _placement(args)
+        made = {"dtype": args.dtype, "actors": actors, "gpus": args.gpus, "placement": placement}
+        summary = cluster.run(args.model, args.source, args.target, options, **made)
     else:
-        folder = sources.locate(args.model)
-        tokenizer = load_tokenizer(folder)
-        keep_between_runs()
-        placement = shared(_placement(args), not sources.config_alone(folder)[1])
-        model = tt.load(folder, dtype=args.dtype, placement=placement)
-        print(model.towers, file=sys.stderr)
-        summary = job.run(model, tokenizer, args.source, args.target, options, args.model)
-    print(summary, file=sys.stderr)
-    if args.json:
-        print(json.dumps(dataclasses.asdict(summary)))
+        distributed.join(args.coordinator, args.processes, args.process)
+        with distributed.quiet():
+            with distributed.checked_together() as said:
+                said += [sorted((k, str(v)) for k, v in vars(args).items() if k not in ("process", "run"))]
+                folder = sources.locate(args.model)
+                tokenizer = load_tokenizer(folder)
+                placement = shared(_placement(args), not sources.config_alone(folder)[1])
+            keep_between_runs()
+            model = tt.load(folder, dtype=args.dtype, placement=placement)
+            if distributed.first():
+                print(model.towers, file=sys.stderr)
+            summary = job.run(model, tokenizer, args.source, args.target, options, args.model)
+    if distributed.first():
+        print(summary, file=sys.stderr)
+        if args.json:
+            print(json.dumps(dataclasses.asdict(summary)))
     if summary.interrupted:
         print("twotower: stopped before the end; the same command goes on", file=sys.stderr)
         return 130

@@ -73,6 +73,11 @@ def joined() -> bool:
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
+def first() -> bool:
+    """Whether this process speaks and writes for the job, or is all of it."""
+    return not joined() or jax.process_index() == 0
+
+
 @contextlib.contextmanager
 def checked_together() -> Iterator[list]:
     """Checks that every process of the job makes alike: none goes on where another was refused, or was told otherwise.
@@ -90,7 +95,7 @@ def checked_together() -> Iterator[list]:
         yield said
     except InputError as error:
         refusal = error
-    if jax.process_count() > 1:
+    if joined():
         digest = np.frombuffer(hashlib.sha256(repr(said).encode()).digest(), np.uint8)
         found = multihost_utils.process_allgather(np.append(digest, np.uint8(refusal is not None)))
         if refusal is None and found[:, -1].any():
@@ -107,7 +112,7 @@ def checked_together() -> Iterator[list]:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """In a job, what libraries print on standard output goes to standard error: output is for the result."""
-    if jax.process_count() == 1:
+    if not joined():
         yield
         return
     sys.stdout.flush()

@@ -36,17 +36,18 @@ class Stop:
 
     Args:
       grace: seconds that what is at work has to end.
+      listens: whether signals are heard; otherwise they do what they do.
 
     Attributes:
       asked: whether a signal came.
     """
 
-    def __init__(self, grace: float):
-        self.asked, self._grace, self._until = False, grace, 0.0
+    def __init__(self, grace: float, listens: bool = True):
+        self.asked, self._grace, self._until, self._listens = False, grace, 0.0, listens
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Stop":
-        if threading.current_thread() is threading.main_thread():
+        if self._listens and threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._heard) for number in ENDING}
         return self
 

@@ -29,11 +29,7 @@ def test_towers_apart():
     assert_as_on_one(SPLIT["one device each"])
 
 
-def test_rows_over_devices():
-    assert_as_on_one(SHARED["rows"])
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("where", [SPLIT["experts and heads"], SHARED["experts"]])
+@pytest.mark.parametrize("where", [SPLIT["experts and heads"], *SHARED.values()])
 def test_towers_divided(where):
     assert_as_on_one(where, count=60)

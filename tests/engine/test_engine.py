@@ -1,10 +1,12 @@
 """Many rows at their own pace write what each writes alone."""
 
 import dataclasses
+import gc
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import psutil
 import pytest
 from conftest import load
 from streams import MORE, OUTPUTS, PROMPTS, heard, random_requests
@@ -94,6 +96,30 @@ def test_one_compilation_serves_all():
     compiled = model.programs.compile_seconds
     heard(some(1))
     assert model.programs.compile_seconds == compiled
+
+
+@pytest.mark.slow
+def test_a_soak():
+    """20,000 short requests: memory is flat, and nothing is compiled after the first thousands."""
+    model = load("tiny-0")
+    rng, process, seen = np.random.default_rng(0), psutil.Process(), []
+
+    def requests():
+        for i in range(20_000):
+            mode = ["diffusion", "ar", "mock-ar"][i % 3]
+            prompt = rng.integers(4, 128, rng.integers(1, 20)).tolist()
+            request = Request(i, prompt, mode, max_new_tokens=int(rng.integers(1, 24)), temperature=float(i % 2))
+            yield request.checked(128, True)
+
+    for ended, event in enumerate(e for e in engine(model, slots=16).run(requests()) if e.end):
+        assert event.error is None
+        if ended % 2_000 == 1_999:
+            gc.collect()
+            seen.append((process.memory_info().rss, model.programs.compile_seconds))
+    assert len(seen) == 10
+    memory, compiled = zip(*seen[1:], strict=True)
+    assert len(set(compiled)) == 1
+    assert max(memory) - memory[0] < 30e6, [m / 1e6 for m in memory]
 
 
 def test_slots_are_used():

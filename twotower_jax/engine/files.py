@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from twotower_jax import distributed
 from twotower_jax.engine.lines import done_lines, raw_lines
 from twotower_jax.errors import InputError
 
@@ -94,23 +95,33 @@ class Results:
         self._done: dict[int, str] = {}
 
     def __enter__(self) -> "Results":
+        """In a job of several processes the first one writes; all know what is answered."""
         if self._target == STANDARD:
+            if distributed.joined():
+                raise InputError("a job of several processes writes a file: give OUT a name")
             self._file = sys.stdout.fileno()
             return self
+        self._file = None
+        for turn in (True, False):
+            with distributed.checked_together():
+                if turn == distributed.first():
+                    self._open(writes=turn)
+        return self
+
+    def _open(self, writes: bool) -> None:
+        path = Path(self._target)
         try:
-            path = Path(self._target)
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if writes:
+                self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._done = done_lines(path)
         except BlockingIOError:
-            os.close(self._file)
             raise InputError(f"{self._target} is being written by another job; wait for it, or stop it") from None
         except OSError as error:
             raise InputError(f"cannot write {self._target}: {error.strerror}") from None
-        return self
 
     def __exit__(self, *_: Any) -> None:
-        if self._target != STANDARD:
+        if self._target != STANDARD and self._file is not None:
             os.close(self._file)
 
     def has(self, number: int, checksum: int) -> bool:
@@ -126,6 +137,8 @@ class Results:
         return number in self._done
 
     def write(self, line: bytes) -> None:
+        if not distributed.first():
+            return
         standard = self._target == STANDARD
         end = 0 if standard else os.lseek(self._file, 0, os.SEEK_END)
         try:

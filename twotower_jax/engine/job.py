@@ -11,7 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from twotower_jax import two_tower
+from twotower_jax import distributed, two_tower
 from twotower_jax.engine import sizes
 from twotower_jax.engine.files import Lines, Results, opened
 from twotower_jax.engine.lines import Answer, Line, Reader, find_stop, refusal, result
@@ -123,7 +123,8 @@ def run(
     Raises:
       InputError: a file cannot be read or written, or holds something else; what is written stays, and counts.
     """
-    with opened(source) as lines, Results(target) as results, Stop(GRACE) as stop:
+    alone = not distributed.joined()  # processes that heard a signal at different times would go apart
+    with opened(source) as lines, Results(target) as results, Stop(GRACE, listens=alone) as stop:
         return Job(model, tokenizer, lines, results, options, name, stop).run()
 
 
@@ -193,8 +194,10 @@ class Job:
 
     def run(self) -> Summary:
         s, compiled = self.summary, self._model.programs.compile_seconds
-        classes = self._survey()
-        with tqdm(total=s.lines, initial=s.done_before + s.errors, unit="requests", disable=None) as bar:
+        with distributed.checked_together() as said:
+            classes = self._survey()
+            said += [s.lines, s.done_before, s.errors, classes.found()]
+        with tqdm(total=s.lines, initial=s.done_before + s.errors, unit="requests", disable=_hidden()) as bar:
             start = self._clock()
             for longest, count in classes.found():
                 self._run_class(classes, longest, count, bar)
@@ -224,7 +227,8 @@ class Job:
             slots=self._options.slots,
             memory=self._options.memory,
         )
-        print(engine.about, file=sys.stderr)
+        if distributed.first():
+            print(engine.about, file=sys.stderr)
         answers: dict[int, Answer] = {}
         began: dict[int, float] = {}
 
@@ -311,3 +315,8 @@ class _Classes:
     def longest_of(self, number: int) -> int | None:
         """Of a line's class; None if it is not to be answered."""
         return self._class[self._size[number]] if number in self._size else None
+
+
+def _hidden() -> bool | None:
+    """Of progress bars: None hides them where there is no terminal."""
+    return None if distributed.first() else True

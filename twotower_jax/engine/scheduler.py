@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Hashable, Iterable, Iterator
 from typing import Any
 
+import jax
 import numpy as np
 
 from twotower_jax import two_tower
@@ -144,8 +145,9 @@ class Engine:
                 if modes:
                     self._seat(lane)
                     news = [part for mode in modes for part in lane.devices.write(mode)]
-                    for leaf in (leaf for part in news for leaf in dataclasses.astuple(part)):
-                        leaf.copy_to_host_async()
+                    for leaf in jax.tree.leaves(news):
+                        if leaf.is_fully_addressable:
+                            leaf.copy_to_host_async()
                     lane.rounds.append((news, not queue.ended))
                 if lane.rounds and (len(lane.rounds) > 1 or not modes):
                     yield from self._hear(lane)

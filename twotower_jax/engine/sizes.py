@@ -2,6 +2,8 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 
 from twotower_jax import memory
 from twotower_jax.errors import InputError
@@ -38,7 +40,10 @@ def longest(towers: Towers, dtype: jnp.dtype, block_size: int, room: int | None 
 
 
 def _free(towers: Towers) -> int:
-    return int(USABLE * min(memory.free_bytes(device) for group in towers.groups for device in group.local_devices))
+    free = min(memory.free_bytes(device) for group in towers.groups for device in group.local_devices)
+    if jax.process_count() > 1:  # all must come to the same
+        free = int(multihost_utils.process_allgather(np.float64(free)).min())
+    return int(USABLE * free)
 
 
 def plan(
