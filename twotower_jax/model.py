@@ -237,7 +237,7 @@ class Model:
             return iter(())
         engine = self.engine(
             longest=max(request.positions for request in checked),
-            block_size=max([r.block_size for r in checked if r.mode == "diffusion"], default=1),
+            block_size=max(request.block for request in checked),
             waiting=len(checked),
             slots=None if slots is None else inputs.whole("slots", slots, 1, 2**20),
             mask_token_id=inputs.whole("mask_token_id", mask_token_id, 0, self.config.vocab_size - 1),

@@ -33,6 +33,8 @@ BAD = {
     wrapped(1000, P | {"max_tokens": -1}): "max_new_tokens must be from 0 to",
     wrapped(1001, P | {"max_tokenz": 1}): "unknown key 'max_tokenz'; known are best_of, block_size",
     wrapped(1002, P | {"prompt": [5] * 1000}): "the prompt's 1000 tokens and 3 new ones are too long",
+    wrapped(1017, P | {"block_size": 65537}): "block_size must be from 1 to 65536",
+    wrapped(1018, P | {"block_size": 65536}): "block_size 65536 is too large: not one such row fits",
     wrapped(1003, P | {"prompt": [5, 128]}): "prompt has id 128 at position 1; ids go from 0 to 127",
     wrapped(1004, P | {"prompt": {"a": 1}}): "prompt must be text or a list of token ids",
     wrapped(1005, P | {"temperature": float("nan")}): "NaN is no number of JSON",
@@ -138,6 +140,24 @@ def test_another_file(tmp_path):
         run(tmp_path / "in.jsonl", tmp_path)
 
 
+def test_long_requests_and_blocks_apart():
+    """A long request, or one with a large block, does not take the others' slots."""
+    model = load("tiny-0")
+    classes = job._Classes(model, np.dtype(np.float32), job.Options(memory=30_000_000))
+    wishes = [{}, {"mode": "ar"}, {"prompt": [5] * 3_000, "mode": "ar"}, {"block_size": 33}, {"block_size": 5}]
+    for i, wish in enumerate(wishes):
+        classes.add(i, Request(i, **({"prompt": [5], "max_new_tokens": 20} | wish)).checked(128, True))
+    found = classes.found()
+    assert [(c.block, c.count) for c in found] == [(16, 3), (16, 1), (64, 1)]
+    assert [classes.of(i) for i in range(6)] == [found[0], found[0], found[1], found[2], found[0], None]
+    assert found[0].slots > found[1].slots
+    assert found[1].longest == 3_019
+    plenty = job._Classes(model, np.dtype(np.float32), job.Options(memory=10**9))
+    for i, wish in enumerate(wishes[:3]):
+        plenty.add(i, Request(i, **({"prompt": [5], "max_new_tokens": 20} | wish)).checked(128, True))
+    assert [c.count for c in plenty.found()] == [3]
+
+
 def test_shards_are_the_whole(tmp_path):
     source = write(tmp_path / "in.jsonl", [*map(good, range(20)), b"{"])
     run(source, tmp_path / "whole")
@@ -194,7 +214,9 @@ def command(source, target, *more):
 def started(source, target, lines):
     """A job that has written so many lines."""
     process = subprocess.Popen(command(source, target), stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 200
     while process.poll() is None and (not target.exists() or target.read_bytes().count(b"\n") < lines):
+        assert time.monotonic() < end
         time.sleep(0.01)
     return process
 

@@ -106,7 +106,9 @@ def run(
     folder = sources.locate(model)
     config, backbone = sources.config_alone(folder)
     eos = config.eos_token_ids if options.eos is None else options.eos
-    reader = Reader(load_tokenizer(folder), config.vocab_size, not backbone, eos, options.defaults, options.positions)
+    reader = Reader(
+        load_tokenizer(folder), config.vocab_size, not backbone, eos, options.defaults, lambda block: options.positions
+    )
     ray.init(ignore_reinit_error=True, log_to_driver=False)
     if gpus is None:
         gpus = 1 if ray.cluster_resources().get("GPU") else 0

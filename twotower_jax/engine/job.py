@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import sys
 import time
 from collections.abc import Iterator
@@ -176,14 +177,14 @@ class Job:
         sizes.plan(
             model.towers, self._dtype, longest=1, block_size=16, room=options.memory
         )  # says so if not one row fits
-        possible = sizes.longest(model.towers, self._dtype, 16, options.memory)
+
+        @functools.cache
+        def possible(block_size: int) -> int:
+            block = sizes.block_of(block_size)
+            return min(options.positions, sizes.longest(model.towers, self._dtype, block, options.memory))
+
         self._reader = Reader(
-            tokenizer,
-            model.config.vocab_size,
-            model.two_towers,
-            self._eos,
-            options.defaults,
-            min(options.positions, possible),
+            tokenizer, model.config.vocab_size, model.two_towers, self._eos, options.defaults, possible
         )
         self.summary = Summary()
         self._latencies: list[float] = []
@@ -199,8 +200,8 @@ class Job:
             said += [s.lines, s.done_before, s.errors, classes.found()]
         with tqdm(total=s.lines, initial=s.done_before + s.errors, unit="requests", disable=_hidden()) as bar:
             start = self._clock()
-            for longest, count in classes.found():
-                self._run_class(classes, longest, count, bar)
+            for class_ in classes.found():
+                self._run_class(classes, class_, bar)
             s.compile_seconds = self._model.programs.compile_seconds - compiled
             s.seconds = self._clock() - start
         s.finish(self._latencies)
@@ -215,15 +216,15 @@ class Job:
             classes.add(line.number, line.ask.request)
         return classes
 
-    def _run_class(self, classes: "_Classes", longest: int, count: int, bar: tqdm) -> None:
-        """Answers the lines of one class of lengths."""
+    def _run_class(self, classes: "_Classes", class_: "_Class", bar: tqdm) -> None:
+        """Answers the lines of one class."""
         if self._stop.asked:
             return
         model, s = self._model, self.summary
         engine = model.engine(
-            longest=longest,
-            block_size=classes.block_size,
-            waiting=count,
+            longest=class_.longest,
+            block_size=class_.block,
+            waiting=class_.count,
             slots=self._options.slots,
             memory=self._options.memory,
         )
@@ -236,7 +237,7 @@ class Job:
             for number, raw, checksum in of_shard(self._lines(), self._options.shard):
                 if self._stop.asked:
                     return
-                if classes.longest_of(number) == longest:
+                if classes.of(number) == class_:
                     line = self._reader.line(number, raw, checksum)
                     answers[number], began[number] = Answer(line), self._clock()
                     yield line.ask.request
@@ -274,47 +275,54 @@ class Job:
         s.context_forwards += answer.forwards[1]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Class:
+    """Lines that one engine answers: their blocks, the longest request, how many there are, and its slots."""
+
+    block: int
+    longest: int
+    count: int
+    slots: int
+
+
 class _Classes:
-    """What the lines to be answered need, so that long requests do not cost the short ones their slots."""
+    """The lines that are to be answered, so that long requests and blocks do not cost short ones their slots."""
 
     def __init__(self, model: Model, dtype: np.dtype, options: Options):
         self._towers, self._dtype, self._options = model.towers, dtype, options
-        self.block_size = 1
-        self._size: dict[int, int] = {}  # a line's power of two
-        self._longest: collections.Counter[int] = collections.Counter()
+        self._kind: dict[int, tuple[int, int]] = {}  # a line's block, and its length's power of two
+        self._longest: collections.Counter[tuple[int, int]] = collections.Counter()
+        self._class: dict[tuple[int, int], _Class] = {}
 
     def add(self, number: int, request: Request) -> None:
-        size = max(request.positions, 1).bit_length()
-        self._size[number] = size
-        self._longest[size] = max(self._longest[size], request.positions)
-        if request.mode == "diffusion":
-            self.block_size = max(self.block_size, request.block_size)
+        kind = sizes.block_of(request.block), max(request.positions, 1).bit_length()
+        self._kind[number] = kind
+        self._longest[kind] = max(self._longest[kind], request.positions)
 
-    def found(self) -> list[tuple[int, int]]:
-        """The longest request and the number of requests of each class; within one all slots are equally long.
-
-        Requests are of one class if there are as many slots for the longest of them as for the shortest.
+    def found(self) -> list[_Class]:
+        """All classes, the shortest first. Lengths are of one class if as many slots fit for the longest as for the
+        shortest.
         """
-        counts = collections.Counter(self._size.values())
-        found: list[tuple[int, int, int]] = []
-        self._class: dict[int, int] = {}
-        for size in sorted(counts, reverse=True):
-            slots = self._slots(self._longest[size])
-            if found and slots <= found[-1][2]:
-                longest, count, _ = found[-1]
-                found[-1] = (longest, count + counts[size], slots)
+        counts = collections.Counter(self._kind.values())
+        groups: list[tuple[list[tuple[int, int]], int]] = []  # kinds, slots
+        for kind in sorted(counts, reverse=True):
+            slots = self._slots(kind)
+            if groups and groups[-1][0][0][0] == kind[0] and slots <= groups[-1][1]:
+                groups[-1][0].append(kind)
             else:
-                found.append((self._longest[size], counts[size], slots))
-            self._class[size] = found[-1][0]
-        return [(longest, count) for longest, count, _ in reversed(found)]
+                groups.append(([kind], slots))
+        for kinds, slots in groups:
+            count, longest = sum(counts[kind] for kind in kinds), max(self._longest[kind] for kind in kinds)
+            self._class |= dict.fromkeys(kinds, _Class(kinds[0][0], longest, count, slots))
+        return [self._class[kinds[0]] for kinds, _ in reversed(groups)]
 
-    def _slots(self, longest: int) -> int:
-        sizes_ = {"block_size": self.block_size, "slots": self._options.slots, "room": self._options.memory}
-        return sizes.plan(self._towers, self._dtype, longest=longest, **sizes_)[0]
+    def _slots(self, kind: tuple[int, int]) -> int:
+        wish = {"longest": self._longest[kind], "block_size": kind[0], "slots": self._options.slots}
+        return sizes.plan(self._towers, self._dtype, room=self._options.memory, **wish)[0]
 
-    def longest_of(self, number: int) -> int | None:
-        """Of a line's class; None if it is not to be answered."""
-        return self._class[self._size[number]] if number in self._size else None
+    def of(self, number: int) -> _Class | None:
+        """A line's class; None if it is not to be answered."""
+        return self._class[self._kind[number]] if number in self._kind else None
 
 
 def _hidden() -> bool | None:

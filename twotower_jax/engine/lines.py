@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -100,7 +100,7 @@ class Reader:
       two_towers: whether it has a denoiser.
       eos: ids that end a row unless its line says `ignore_eos`.
       defaults: fields of `Request` for lines that do not say.
-      positions: that a request may need at most.
+      possible: how many positions a request can have whose block is of a size; 0 if there can be none.
     """
 
     def __init__(
@@ -110,10 +110,10 @@ class Reader:
         two_towers: bool,
         eos: Sequence[int],
         defaults: dict[str, Any],
-        positions: int,
+        possible: Callable[[int], int],
     ):
         self._tokenizer, self._vocab_size, self._two_towers = tokenizer, vocab_size, two_towers
-        self._eos, self._defaults, self._positions = list(eos), defaults, positions
+        self._eos, self._defaults, self._possible = list(eos), defaults, possible
 
     def line(self, number: int, raw: bytes, checksum: int) -> Line:
         """What a line asks for, or what is wrong with it."""
@@ -151,10 +151,13 @@ class Reader:
                 **{NUMBERS[key]: value for key, value in given.items() if key in NUMBERS},
             },
         ).checked(self._vocab_size, self._two_towers)
-        if request.positions > self._positions:
+        possible = self._possible(request.block)
+        if possible == 0:
+            raise InputError(f"block_size {request.block_size} is too large: not one such row fits")
+        if request.positions > possible:
             raise InputError(
                 f"the prompt's {len(request.prompt)} tokens and {request.max_new_tokens} new ones are too long: "
-                f"they need {request.positions} positions of {self._positions}"
+                f"they need {request.positions} positions of {possible}"
             )
         if "logprobs" in given and inputs.whole("logprobs", given["logprobs"], 0) > 0:
             raise InputError(f"logprobs {given['logprobs']} is not supported; 0 gives those of the tokens written")

@@ -81,9 +81,14 @@ class Request:
         return len(self.prompt) - (self.mode != "diffusion")
 
     @property
+    def block(self) -> int:
+        """Tokens that are written together."""
+        return self.block_size if self.mode == "diffusion" else 1
+
+    @property
     def positions(self) -> int:
         """Of the context's state, that the row needs at most: the block that ends a row is never read."""
-        unit = self.block_size if self.mode == "diffusion" else 1
+        unit = self.block
         return self.read_first + max(0, -(-self.max_new_tokens // unit) - (self.mode == "diffusion")) * unit
 
 

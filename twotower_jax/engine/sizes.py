@@ -20,6 +20,11 @@ def capacity_of(longest: int) -> int:
     return max(64, 1 << max(0, longest - 1).bit_length())
 
 
+def block_of(block_size: int) -> int:
+    """The block of slots for requests with blocks of so many positions: one of few numbers, too."""
+    return max(16, 1 << max(0, block_size - 1).bit_length())
+
+
 def row_bytes(group: Group, capacity: int, block_size: int, dtype: jnp.dtype) -> int:
     """Of a slot on one device: its state, half of a row on the bench, and what a pass makes of its block."""
     c = group.config

@@ -85,7 +85,7 @@ def seat(config: Config, bench: Bench, slots: Slots, cancelled: jax.Array) -> tu
 
     Args:
       config: dimensions.
-      bench: the rows that wait among them keep their places, without waiting.
+      bench: before; rows that are seated do not wait any more.
       slots: before.
       cancelled: (n,) int32, tickets of rows that end here.
     """
