@@ -19,8 +19,11 @@ import twotower_jax as tt
 DATA = Path(__file__).parent / "data"
 
 # A program that several tests need, in this process or in those they start, is compiled once a run.
-PROGRAMS = tempfile.mkdtemp()
-atexit.register(shutil.rmtree, PROGRAMS, ignore_errors=True)
+if "PYTEST_XDIST_WORKER" in os.environ:
+    PROGRAMS = os.environ["XDG_CACHE_HOME"]
+else:
+    PROGRAMS = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, PROGRAMS, ignore_errors=True)
 os.environ["XDG_CACHE_HOME"] = PROGRAMS
 for name, value in {"jax_compilation_cache_dir": PROGRAMS, "jax_persistent_cache_min_compile_time_secs": 0.3}.items():
     jax.config.update(name, value)

@@ -281,7 +281,7 @@ class Model:
                 count=np.asarray([len(ids) for ids in prompts], np.int32),
                 rows=inputs.row_numbers(rows, len(prompts)),
                 seed=np.uint32(inputs.whole("seed", seed, 0, 2**32 - 1)),
-                eos=inputs.stop_ids(eos_token_id, vocab),
+                eos=_padded(inputs.stop_ids(eos_token_id, vocab)),
                 units=np.int32(-(-limit // unit)),
             )
             said += [rules, unit, [ids.tolist() for ids in prompts], rows, seed, limit, request.eos.tolist()]
@@ -314,6 +314,12 @@ class Model:
         with distributed.checked_together():
             for device in group.local_devices:
                 memory.require(needed, device, what)
+
+
+def _padded(eos: np.ndarray) -> np.ndarray:
+    """Stop ids, filled up to a multiple of 16 with -1, which is no token: one program serves any few of them."""
+    size = -(-max(len(eos), 1) // 16) * 16
+    return np.pad(eos, (0, size - len(eos)), constant_values=-1)
 
 
 def _cut(tokens: np.ndarray, limit: int, eos: np.ndarray) -> list[int]:

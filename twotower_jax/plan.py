@@ -150,7 +150,7 @@ def _rules(wish: Wish) -> Any:
 def _request(rows: int, width: int) -> Request:
     column = np.zeros(rows, np.int32)
     prompts = jax.ShapeDtypeStruct((rows, width), np.int32)
-    return Request(prompts, column, column, np.uint32(0), np.zeros(1, np.int32), np.int32(0))
+    return Request(prompts, column, column, np.uint32(0), np.zeros(16, np.int32), np.int32(0))
 
 
 def plan(

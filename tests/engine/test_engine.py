@@ -44,7 +44,7 @@ def assert_as_alone(model, requests, slots):
 
 def test_rows_are_alone():
     model = load("tiny-0")
-    assert_as_alone(model, list(random_requests(model, 40)), slots=8)
+    assert_as_alone(model, list(random_requests(model, 30)), slots=8)
 
 
 @pytest.mark.slow
