@@ -1,6 +1,6 @@
 """What the experiments share: data and backbone, variants of the denoiser trained alike, results beside the scripts.
 
-Runs and data go to `experiments/work`, which git ignores; a run that is there and whole is not made again.
+Runs and data go to `experiments/runs`, which git ignores; a run that is there and whole is not made again.
 """
 
 import argparse
@@ -24,19 +24,19 @@ from twotower_jax.training.loop import run
 from twotower_jax.training.start import Start
 
 HOME = Path(__file__).parent
-WORK = HOME / "work"
+RUNS = HOME / "runs"
 RESULTS = HOME / "results"
 
 
 def make_data() -> None:
     """Training and held-out examples, the same on every machine; what `write` writes last says that all is there."""
-    if not (WORK / "tokenizer.json").is_file():
-        tasks.write(WORK)
+    if not (RUNS / "tokenizer.json").is_file():
+        tasks.write(RUNS)
 
 
 def make_backbone() -> None:
     """The shipped model's context tower by itself, where `denoiser.toml` looks for a backbone."""
-    target = WORK / "backbone"
+    target = RUNS / "backbone"
     if target.is_dir():
         return
     shipped = sources.locate("demo")
@@ -60,7 +60,7 @@ def make_backbone() -> None:
 def examples(count: int | None = None) -> list[dict]:
     """Held-out examples, {"prompt", "completion", "task"}."""
     make_data()
-    return tasks.read(WORK / "test.jsonl")[:count]
+    return tasks.read(RUNS / "test.jsonl")[:count]
 
 
 def variant(name: str, steps: int, block_size: int = 16, **changes) -> TrainingConfig:
@@ -69,7 +69,7 @@ def variant(name: str, steps: int, block_size: int = 16, **changes) -> TrainingC
     (stage,) = c.stages
     stage = dataclasses.replace(stage, steps=steps, block_size=block_size, decay=steps * 2 // 5)
     data = dataclasses.replace(c.data, blocks=c.data.blocks * 16 // block_size)
-    output = str(WORK / f"{name}-{steps}")
+    output = str(RUNS / f"{name}-{steps}")
     return dataclasses.replace(c, output=output, data=data, stages=(stage,), save_every=250, keep=1, **changes)
 
 

@@ -55,7 +55,7 @@ def main():
         c = read_training_config(harness.HOME / "demo" / f"{run}.toml")
         start, tokens = Start(c), targets(c.output)
         for step in range(args.every, c.steps + 1, args.every):
-            folder = harness.WORK / "retention" / f"{run}-{step}"
+            folder = harness.RUNS / "retention" / f"{run}-{step}"
             if not folder.is_dir():
                 export(c, start, folder, step)
             model = tt.load(folder, dtype="float32")
