@@ -130,11 +130,7 @@ class Reader:
         for key, value in body.items():
             if key not in known:
                 raise InputError(f"unknown key {short(key)}; known are {', '.join(sorted(known))}")
-            if (
-                key in ONLY
-                and value is not None
-                and (isinstance(value, bool | int | float) and value == ONLY[key]) is False
-            ):
+            if key in ONLY and value not in (None, ONLY[key]):
                 raise InputError(f"{key} {short(value)} is not supported; only {json.dumps(ONLY[key])} is")
         given = {key: value for key, value in body.items() if value is not None}  # null is what is not said
         for key in ("model", "user"):
