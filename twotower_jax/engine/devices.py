@@ -8,7 +8,7 @@ import numpy as np
 
 from twotower_jax import sharding, two_tower
 from twotower_jax.engine import steps
-from twotower_jax.engine.rows import Bench, News, Rows, Slots, empty_bench, empty_slots
+from twotower_jax.engine.rows import Bench, News, Piece, Slots, empty_bench, empty_slots
 from twotower_jax.placement import Group, Towers
 from twotower_jax.programs import Program, Programs
 from twotower_jax.sharding import ROWS, WHOLE
@@ -19,8 +19,8 @@ TOKENS = 16  # that rows of one token a step write in a round, at most
 class Devices(Protocol):
     """What the scheduler starts; nothing here waits for a device."""
 
-    def feed(self, new: Rows, fresh: Any, tokens: Any, count: Any, ready: Any) -> None:
-        """See `steps.feed`; arrays of the host."""
+    def feed(self, piece: Piece) -> None:
+        """See `steps.feed`; the piece is on the host."""
 
     def seat(self, cancelled: np.ndarray) -> None:
         """See `steps.seat`."""
@@ -67,14 +67,14 @@ class Together:
         context = sharding.specs(group.whole, "context")
         both = sharding.specs(group.whole, *params)
         bench, slots = here.bench_spec, here.slots_spec
-        self._feed = Program(steps.feed, (context, bench, *[ROWS] * 5), bench, donated=(1,))
+        self._feed = Program(steps.feed, (context, bench, ROWS), bench, donated=(1,))
         self._denoise = Program(steps.denoise_and_read, (both, slots, WHOLE, WHOLE), (slots, ROWS), donated=(1,))
         self._write = Program(steps.write, (both, slots, WHOLE), (slots, ROWS), donated=(1,))
         self.seat, self.fetch = here.seat, here.fetch
 
-    def feed(self, *arrays: Any) -> None:
+    def feed(self, piece: Piece) -> None:
         here, context = self._place, {"context": self._params["context"]}
-        here.bench = here.run(self._feed, context, here.bench, *here.group.put(arrays, ROWS))
+        here.bench = here.run(self._feed, context, here.bench, here.group.put(piece, ROWS))
 
     def write(self, mode: str) -> list[News]:
         here = self._place
@@ -100,8 +100,8 @@ class Apart:
         context, denoiser = (sharding.specs(here.group.whole, name) for name in ("context", "denoiser"))
         self._states = states = sharding.state_spec(here.group.whole)
         bench, slots = here.bench_spec, here.slots_spec
-        self._feed = Program(steps.feed_apart, (context, bench, *[ROWS] * 5), (bench, states), donated=(1,))
-        self._follow = Program(steps.follow, (bench, ROWS, ROWS, ROWS, states), bench, donated=(0,))
+        self._feed = Program(steps.feed_apart, (context, bench, ROWS), (bench, states), donated=(1,))
+        self._follow = Program(steps.follow, (bench, ROWS, states), bench, donated=(0,))
         self._denoise = Program(steps.denoise, (denoiser, slots, WHOLE, WHOLE), (slots, ROWS, ROWS), donated=(1,))
         self._mock = Program(steps.write_apart, (denoiser, slots), (slots, ROWS, ROWS, ROWS), donated=(1,))
         self._read = Program(steps.read_apart, (context, slots, ROWS, ROWS, ROWS), (slots, states), donated=(1,))
@@ -112,12 +112,11 @@ class Apart:
     def fetch(self, news: News) -> News:
         return self._here.fetch(news)
 
-    def feed(self, new: Rows, fresh: Any, tokens: Any, count: Any, ready: Any) -> None:
+    def feed(self, piece: Piece) -> None:
         there, here = self._there, self._here
-        arrays = there.group.put((new, fresh, tokens, count, ready), ROWS)
-        there.bench, came = there.run(self._feed, self._context, there.bench, *arrays)
+        there.bench, came = there.run(self._feed, self._context, there.bench, there.group.put(piece, ROWS))
         came = self._towers.move(came, self._states, here.group)
-        here.bench = here.run(self._follow, here.bench, *here.group.put((new, fresh, ready), ROWS), came)
+        here.bench = here.run(self._follow, here.bench, here.group.put(piece, ROWS), came)
 
     def seat(self, cancelled: np.ndarray) -> None:
         self._there.seat(cancelled)

@@ -6,9 +6,9 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 
 from twotower_jax import inputs
+from twotower_jax.decoding import MODES
 from twotower_jax.errors import InputError
 
-MODES = ("diffusion", "ar", "mock-ar")
 STOP_IDS = 16  # ids that may end a row
 
 

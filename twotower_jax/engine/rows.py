@@ -8,10 +8,11 @@ import numpy as np
 from flax import struct
 
 from twotower_jax.config import Config
+from twotower_jax.decoding import MODES
 from twotower_jax.decoding.diffusion import Block
 from twotower_jax.decoding.sampling import ALL, Sampler, position_keys, row_keys
 from twotower_jax.decoding.unmasking import ThresholdUnmasking
-from twotower_jax.engine.request import MODES, STOP_IDS, Request
+from twotower_jax.engine.request import STOP_IDS, Request
 from twotower_jax.state import TowerState, empty_state
 
 EMPTY = -1  # the ticket of a place that no row has
@@ -118,6 +119,25 @@ class Bench:
     rows: Rows
     waiting: jax.Array
     state: TowerState
+
+
+@struct.dataclass
+class Piece:
+    """What comes to the bench in a round.
+
+    Attributes:
+      rows: new rows, where `fresh` is set.
+      fresh: (R,) bool.
+      tokens: (R, C) int32, the next of each prompt, of which `count` are read.
+      count: (R,) int32.
+      ready: (R,) bool, rows whose prompt ends with these.
+    """
+
+    rows: Rows
+    fresh: jax.Array
+    tokens: jax.Array
+    count: jax.Array
+    ready: jax.Array
 
 
 @struct.dataclass

@@ -9,9 +9,10 @@ import jax
 import numpy as np
 
 from twotower_jax import two_tower
+from twotower_jax.decoding import MODES
 from twotower_jax.engine.devices import Apart, Devices, Together
-from twotower_jax.engine.request import MODES, Event, Request, cut
-from twotower_jax.engine.rows import EMPTY, News, as_rows
+from twotower_jax.engine.request import Event, Request, cut
+from twotower_jax.engine.rows import EMPTY, News, Piece, as_rows
 from twotower_jax.errors import InputError
 from twotower_jax.placement import Towers
 from twotower_jax.programs import Programs
@@ -210,7 +211,7 @@ class Engine:
             row.read += len(piece)
             ready[place] = row.read == row.request.read_first
         requests = [self._rows[t].request if t in self._rows else None for t in lane.places]
-        lane.devices.feed(as_rows(requests, lane.places), fresh, tokens, count, ready)
+        lane.devices.feed(Piece(as_rows(requests, lane.places), fresh, tokens, count, ready))
 
     def _ready(self, ticket: int) -> bool:
         return self._left(ticket) == 0 and self._rows[ticket].read >= 0

@@ -16,63 +16,35 @@ from twotower_jax.decoding.diffusion import Block, Diffusion, denoise_step, mask
 from twotower_jax.decoding.loop import when
 from twotower_jax.decoding.stopping import broken
 from twotower_jax.decoding.vocabulary import Vocabulary
-from twotower_jax.engine.rows import EMPTY, Bench, News, Rows, Slots
+from twotower_jax.engine.rows import EMPTY, Bench, News, Piece, Rows, Slots
 from twotower_jax.layers.collectives import any_row, row_sum
 from twotower_jax.state import TowerState
 
 
-def feed(
-    config: Config,
-    params: dict,
-    bench: Bench,
-    new: Rows,
-    fresh: jax.Array,
-    tokens: jax.Array,
-    count: jax.Array,
-    ready: jax.Array,
-) -> Bench:
-    """The context tower reads a piece of each prompt on the bench.
-
-    Args:
-      config: dimensions.
-      params: parameters of the context tower.
-      bench: before.
-      new: rows that come to the bench, where `fresh` (R,) is set.
-      fresh: (R,) bool.
-      tokens: (R, C) int32, of which `count` (R,) are read.
-      count: (R,) int32.
-      ready: (R,) bool, rows whose prompt ends with this piece.
-    """
+def feed(config: Config, params: dict, bench: Bench, piece: Piece) -> Bench:
+    """The context tower reads a piece of each prompt on the bench."""
     with jax.named_scope("feed"):
-        bench = _welcomed(bench, new, fresh, ready)
-        return bench.replace(state=two_tower.extend(config, params, bench.state, tokens, count)[1])
+        bench = _welcomed(bench, piece)
+        return bench.replace(state=two_tower.extend(config, params, bench.state, piece.tokens, piece.count)[1])
 
 
-def _welcomed(bench: Bench, new: Rows, fresh: jax.Array, ready: jax.Array) -> Bench:
+def _welcomed(bench: Bench, piece: Piece) -> Bench:
     # All of the state: a value that was not finite would live on under a mask.
-    state = _chosen(fresh, jax.tree.map(jnp.zeros_like, bench.state), bench.state)
-    return Bench(_chosen(fresh, new, bench.rows), (bench.waiting & ~fresh) | ready, state)
+    state = _chosen(piece.fresh, jax.tree.map(jnp.zeros_like, bench.state), bench.state)
+    waiting = (bench.waiting & ~piece.fresh) | piece.ready
+    return Bench(_chosen(piece.fresh, piece.rows, bench.rows), waiting, state)
 
 
-def feed_apart(
-    config: Config,
-    params: dict,
-    bench: Bench,
-    new: Rows,
-    fresh: jax.Array,
-    tokens: jax.Array,
-    count: jax.Array,
-    ready: jax.Array,
-) -> tuple[Bench, TowerState]:
+def feed_apart(config: Config, params: dict, bench: Bench, piece: Piece) -> tuple[Bench, TowerState]:
     """`feed`, and what is new in the context's state."""
-    before = jnp.where(fresh, 0, bench.state.length)
-    bench = feed(config, params, bench, new, fresh, tokens, count, ready)
-    return bench, _news(bench.state, before, tokens.shape[1])
+    before = jnp.where(piece.fresh, 0, bench.state.length)
+    bench = feed(config, params, bench, piece)
+    return bench, _news(bench.state, before, piece.tokens.shape[1])
 
 
-def follow(config: Config, bench: Bench, new: Rows, fresh: jax.Array, ready: jax.Array, came: TowerState) -> Bench:
+def follow(config: Config, bench: Bench, piece: Piece, came: TowerState) -> Bench:
     """What `feed_apart` did, on the denoiser's devices."""
-    bench = _welcomed(bench, new, fresh, ready)
+    bench = _welcomed(bench, piece)
     return bench.replace(state=two_tower.absorb(bench.state, came))
 
 
