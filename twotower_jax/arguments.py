@@ -129,9 +129,8 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("config", metavar="CONFIG", help="a config.json, or a model as for generate")
     add("--devices", required=True, metavar="TARGET", help="h100xN, h200xN, or a TPU slice such as v5e:4x4")
-    add("--rows", type=int, default=32, help="of a batch (32)")
+    add("--rows", type=int, default=32, help="that are written at a time (32)")
     add("--context", type=int, default=8192, metavar="N", help="tokens of a row, prompt and new ones (8192)")
-    add("--max-new-tokens", type=int, default=128, metavar="N", help="new ones among them (128)")
     add("--mode", choices=MODES, default="diffusion")
     add("--block-size", type=int, default=16, metavar="S", help="positions denoised together (16)")
     add("--dtype", default="bfloat16", help="bfloat16 (default) or float32")

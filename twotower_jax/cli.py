@@ -200,13 +200,13 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    """Compile every program of a generation for devices that need not be there, and say what it needs of them.
+    """Compile every program of the engine for devices that need not be there, and say what it needs of them.
 
     The exit status is 1 if it does not fit.
     """
     from twotower_jax import plan_report
 
-    names = ("devices", "rows", "context", "max_new_tokens", "mode", "block_size", "dtype", "largest")
+    names = ("devices", "rows", "context", "mode", "block_size", "dtype", "largest")
     result = plan_report.make(args.config, _placement(args), **{name: getattr(args, name) for name in names})
     print(json.dumps(result) if args.json else result["table"])
     return 0 if result["fits"] else 1

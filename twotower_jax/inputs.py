@@ -14,6 +14,12 @@ from twotower_jax.errors import InputError, short
 DTYPES = {"float32": jnp.dtype(jnp.float32), "bfloat16": jnp.dtype(jnp.bfloat16)}
 
 
+def bucket(length: int) -> int:
+    """The next of few lengths, at most a quarter longer (or 16), so that few programs are compiled."""
+    step = max(16, (1 << (length - 1).bit_length()) // 8) if length > 1 else 16
+    return -(-length // step) * step
+
+
 def dtype(value: Any) -> jnp.dtype:
     """The dtype of a model's weights and activations."""
     name = value if isinstance(value, str) else getattr(value, "__name__", None) or getattr(value, "name", repr(value))

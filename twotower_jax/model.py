@@ -11,13 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from twotower_jax import distributed, generation, inputs, memory, sharding, sources, two_tower
+from twotower_jax import distributed, inputs, memory, sharding, sources, two_tower
 from twotower_jax.config import Config
-from twotower_jax.decoding.autoregressive import MockAR
-from twotower_jax.decoding.diffusion import Diffusion
-from twotower_jax.decoding.progress import Request as Batch
-from twotower_jax.decoding.sampling import Sampler
-from twotower_jax.decoding.unmasking import ThresholdUnmasking
 from twotower_jax.engine import sizes as engine_sizes
 from twotower_jax.engine.request import Event, Request
 from twotower_jax.engine.scheduler import Engine
@@ -134,17 +129,10 @@ class Model:
           rows: the rows' numbers, 0, 1, 2... by default; a row alone, given its number, draws what it drew in a batch.
         """
         self._need_denoiser("generate_mask_diffusion")
-        vocab = self.config.vocab_size
-        rules = Diffusion(
-            sampler=self._sampler(temperature, top_k, None),
-            unmasking=ThresholdUnmasking(
-                threshold=np.float32(inputs.number("confidence_threshold", confidence_threshold, 0, 1)),
-                steps=np.int32(inputs.whole("steps_per_block", steps_per_block, 1, 2**31 - 1)),
-            ),
-            mask_id=np.int32(inputs.whole("mask_token_id", mask_token_id, 0, vocab - 1)),
-            block_size=inputs.whole("block_size", block_size, 1, 2**31 - 1),
-        )
-        return self._generate(rules, rules.block_size, prompts, max_new_tokens, rows, seed, eos_token_id)
+        asked = {"mode": "diffusion", "max_new_tokens": max_new_tokens, "block_size": block_size}
+        asked |= {"steps_per_block": steps_per_block, "confidence_threshold": confidence_threshold}
+        asked |= {"temperature": temperature, "top_k": top_k, "eos_token_id": eos_token_id, "seed": seed}
+        return self._generate(prompts, rows, asked, mask_token_id)
 
     def generate_ar(
         self,
@@ -160,8 +148,8 @@ class Model:
         """The context tower alone, a token a step. Arguments as for `generate_mask_diffusion`; `top_p` is the mass of
         the nucleus that is drawn from, in (0, 1].
         """
-        sampler = self._sampler(temperature, top_k, top_p)
-        return self._generate(sampler, 1, prompts, max_new_tokens, rows, seed, eos_token_id)
+        asked = {"mode": "ar", "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k}
+        return self._generate(prompts, rows, asked | {"top_p": top_p, "eos_token_id": eos_token_id, "seed": seed})
 
     def generate_mock_ar(
         self,
@@ -178,8 +166,8 @@ class Model:
         while it equals the backbone. Arguments as for `generate_ar`.
         """
         self._need_denoiser("generate_mock_ar")
-        rules = MockAR(self._sampler(temperature, top_k, top_p))
-        return self._generate(rules, 1, prompts, max_new_tokens, rows, seed, eos_token_id)
+        asked = {"mode": "mock-ar", "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k}
+        return self._generate(prompts, rows, asked | {"top_p": top_p, "eos_token_id": eos_token_id, "seed": seed})
 
     def engine(
         self,
@@ -233,21 +221,26 @@ class Model:
                 raise InputError(f"request {short(request.key)}: {error}") from None
         if len({request.key for request in checked}) < len(checked):
             raise InputError("two requests have the same key")
-        if not checked:
+        slots = None if slots is None else inputs.whole("slots", slots, 1, 2**20)
+        return self._run(checked, inputs.whole("mask_token_id", mask_token_id, 0, self.config.vocab_size - 1), slots)
+
+    def _run(self, requests: list[Request], mask_token_id: int, slots: int | None = None) -> Iterator[Event]:
+        """Checked requests, by an engine of their size."""
+        if not requests:
             return iter(())
         engine = self.engine(
-            longest=max(request.positions for request in checked),
-            block_size=max(request.block for request in checked),
-            waiting=len(checked),
-            slots=None if slots is None else inputs.whole("slots", slots, 1, 2**20),
-            mask_token_id=inputs.whole("mask_token_id", mask_token_id, 0, self.config.vocab_size - 1),
+            longest=max(request.positions for request in requests),
+            block_size=max(request.block for request in requests),
+            waiting=len(requests),
+            slots=slots,
+            mask_token_id=mask_token_id,
         )
-        return engine.run(checked)
+        return engine.run(requests)
 
     def context_logits(self, ids: Sequence[int]) -> np.ndarray:
         """The context tower over one sequence: (L,) ids -> (L, V) float32."""
         ids = inputs.token_ids("ids", ids, self.config.vocab_size)
-        capacity = generation.bucket(len(ids))
+        capacity = inputs.bucket(len(ids))
         group = self.towers.context
         rows = group.row_shards  # copies: every device has one
         padded = np.zeros((rows, capacity), np.int32)
@@ -265,45 +258,31 @@ class Model:
                 "(twotower convert --two-towers makes two towers of it, to be trained)"
             )
 
-    def _sampler(self, temperature: float, top_k: int | None, top_p: float | None) -> Sampler:
-        return Sampler.of(*inputs.sampling(temperature, top_k, top_p))
-
-    def _generate(self, rules: Any, unit: int, prompts, max_new_tokens, rows, seed, eos_token_id) -> Generation:
-        """Runs a decoding loop, in which `rules` write `unit` tokens at a time: a sampler, in AR."""
+    def _generate(self, prompts: Any, rows: Any, asked: dict[str, Any], mask_token_id: Any = 3) -> Generation:
+        """Runs the prompts as requests that are asked the same."""
         vocab = self.config.vocab_size
         with distributed.checked_together() as said:
-            limit = inputs.whole("max_new_tokens", max_new_tokens, 0, 2**31 - 1)
             prompts = inputs.prompts(prompts, vocab)
-            longest = max(map(len, prompts), default=1)
-            sizes = generation.sizes(longest, limit, unit)
-            request = Batch(
-                prompts=np.zeros((len(prompts), generation.bucket(longest)), np.int32),
-                count=np.asarray([len(ids) for ids in prompts], np.int32),
-                rows=inputs.row_numbers(rows, len(prompts)),
-                seed=np.uint32(inputs.whole("seed", seed, 0, 2**32 - 1)),
-                eos=_padded(inputs.stop_ids(eos_token_id, vocab)),
-                units=np.int32(-(-limit // unit)),
-            )
-            said += [rules, unit, [ids.tolist() for ids in prompts], rows, seed, limit, request.eos.tolist()]
-        if not prompts or limit == 0:
-            return Generation([[] for _ in prompts], [0] * len(prompts), [None] * len(prompts), 0.0, 0.0)
-        for padded, ids in zip(request.prompts, prompts, strict=True):
-            padded[: len(ids)] = ids
-        what = f"{len(prompts)} rows of up to {longest} prompt tokens and {limit} new ones"
-        for group in self.towers.groups:
-            self._require_memory(group, len(prompts), sizes["capacity"], 4 * sizes["capacity"] * len(prompts), what)
-        run = functools.partial(generation.generate, self.towers, self.programs, self.params, rules, request, what)
+            numbers = inputs.row_numbers(rows, len(prompts)).tolist()
+            mask_token_id = inputs.whole("mask_token_id", mask_token_id, 0, vocab - 1)
+            Request(0, [0], **asked).checked(
+                vocab, self.two_towers
+            )  # says what is wrong where there are no prompts too
+            requests = [
+                Request(i, ids, row=row, **asked).checked(vocab, self.two_towers)
+                for i, (ids, row) in enumerate(zip(prompts, numbers, strict=True))
+            ]
+            said += [mask_token_id, *map(str, requests)]
         compiled, start = self.programs.compile_seconds, time.perf_counter()
-        p = run(**sizes)
+        tokens: list[list[int]] = [[] for _ in requests]
+        forwards, errors = [0] * len(requests), [None] * len(requests)
+        for event in self._run(requests, mask_token_id):
+            tokens[event.key] += event.tokens
+            forwards[event.key] = event.context_forwards if asked["mode"] == "ar" else event.denoiser_forwards
+            errors[event.key] = event.error
         compile_seconds = self.programs.compile_seconds - compiled
         seconds = time.perf_counter() - start - compile_seconds
-        return Generation(
-            tokens=[_cut(row[:n], limit, request.eos) for row, n in zip(p.tokens, p.length, strict=True)],
-            forwards=p.forwards.tolist(),
-            errors=["a logit was not finite; the row ends before it" if bad else None for bad in p.failed],
-            seconds=seconds,
-            compile_seconds=compile_seconds,
-        )
+        return Generation(tokens, forwards, errors, seconds, compile_seconds)
 
     def _require_memory(self, group: Group, rows: int, capacity: int, extra: int, what: str) -> None:
         """Refuses before anything is compiled what the context's state alone makes too large."""
@@ -314,16 +293,3 @@ class Model:
         with distributed.checked_together():
             for device in group.local_devices:
                 memory.require(needed, device, what)
-
-
-def _padded(eos: np.ndarray) -> np.ndarray:
-    """Stop ids, filled up to a multiple of 16 with -1, which is no token: one program serves any few of them."""
-    size = -(-max(len(eos), 1) // 16) * 16
-    return np.pad(eos, (0, size - len(eos)), constant_values=-1)
-
-
-def _cut(tokens: np.ndarray, limit: int, eos: np.ndarray) -> list[int]:
-    """A row's tokens up to the limit and its first EOS, that one included."""
-    tokens = tokens[:limit]
-    ends = np.flatnonzero(np.isin(tokens, eos))
-    return tokens[: ends[0] + 1 if len(ends) else None].tolist()

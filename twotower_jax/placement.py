@@ -84,6 +84,10 @@ class Group:
 
         return self.each(one, tree, specs)
 
+    def receive(self, tree: Any, specs: Any) -> Any:
+        """Arrays of other devices of this process, onto these."""
+        return self.each(jax.device_put, tree, specs)
+
     def fetch(self, tree: Any) -> Any:
         """All of every array, on the host of every process."""
         return jax.tree.map(np.asarray if jax.process_count() == 1 else _from_all, tree)
@@ -149,7 +153,7 @@ class Towers:
     def move(self, tree: Any, specs: Any, to: Group) -> Any:
         """Arrays of one group to the other, from each device to the one at its place in the other mesh."""
         if jax.process_count() == 1:
-            return to.each(jax.device_put, tree, specs)
+            return to.receive(tree, specs)
         source = self.context if to is self.denoiser else self.denoiser
         return transfer.between_processes(source.mesh, to.mesh, tree, specs)
 

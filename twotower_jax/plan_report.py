@@ -28,7 +28,6 @@ def make(
     devices: str,
     rows: int,
     context: int,
-    max_new_tokens: int,
     mode: str,
     block_size: int,
     dtype: str,
@@ -49,7 +48,6 @@ def make(
             f"{config} is of a backbone, which has no denoiser; give --mode ar, or two towers' config.json"
         )
     context = inputs.whole("--context", context, 2, 2**24)
-    max_new_tokens = inputs.whole("--max-new-tokens", max_new_tokens, 1, context - 1)
     block_size = inputs.whole("--block-size", block_size, 1, 2**24)
     rows = inputs.whole("--rows", rows, 1, 2**20)
     numbers = inputs.dtype(dtype)
@@ -65,7 +63,7 @@ def make(
     def of(rows: int) -> Plan | None:
         nonlocal refused
         try:
-            wish = Wish(mode, rows, context - max_new_tokens, max_new_tokens, block_size, numbers)
+            wish = Wish(mode, rows, context, block_size, numbers)
             return plan(dimensions, towers, wish, found.compilers, say)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
@@ -79,7 +77,7 @@ def make(
     made = of(rows)
     most = None
     if largest:
-        step = towers.context.row_shards * (2 if towers.split and mode != "ar" else 1)
+        step = towers.context.row_shards * (2 if towers.split else 1)
         begin = -(-rows // step) * step
         room = int(found.memory * USABLE)
         most = largest_rows(lambda n: made if n == rows else of(n), begin, step, room)

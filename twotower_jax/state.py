@@ -1,5 +1,6 @@
 """What a tower carries between calls: keys and values, convolution tails, SSM states."""
 
+import functools
 import math
 
 import jax
@@ -111,10 +112,17 @@ def empty_state(config: Config, rows: int, capacity: int, dtype: jnp.dtype) -> T
 
 def state_bytes(config: Config, rows: int, capacity: int, dtype: jnp.dtype) -> int:
     """Bytes of `empty_state`, without making it; `capacity` may be larger than any array can be."""
+    one, position = _bytes_of_one(config, dtype)
+    return rows * (one + (capacity - 1) * position)
+
+
+@functools.cache
+def _bytes_of_one(config: Config, dtype: jnp.dtype) -> tuple[int, int]:
+    """Of a row's state with one position, and of each further one."""
     one = jax.eval_shape(lambda: empty_state(config, 1, 1, dtype))
     caches = [layer for layer in one.layers if isinstance(layer, KVCache)]
 
     def size(tree) -> int:
         return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
-    return rows * (size(one) + (capacity - 1) * size(caches))
+    return size(one), size(caches)

@@ -156,43 +156,47 @@ def prefill(
     return last, state
 
 
-def caches(state: TowerState) -> TowerState:
-    """A state without its Mamba states."""
-    return TowerState(tuple(x if isinstance(x, KVCache) else None for x in state.layers), state.length)
+def news(state: TowerState, before: jax.Array, size: int, rows: jax.Array) -> TowerState:
+    """What a denoiser on other devices must hear of a state that has read more: all that changed.
 
+    Args:
+      state: after.
+      before: (B,) int32, the length of each row before, at most `size` ago.
+      size: positions of the caches that are told.
+      rows: (n,) int32, which rows are told; a number beyond the last is for none.
 
-def with_mamba(news: TowerState, state: TowerState) -> TowerState:
-    """The Mamba states of a state, with `news` of its caches: all that must move to a denoiser on other devices."""
-    layers = zip(news.layers, state.layers, strict=True)
-    return TowerState(tuple(new if isinstance(new, KVCache) else old for new, old in layers), news.length)
-
-
-def news(state: TowerState, before: jax.Array, size: int) -> TowerState:
-    """The caches' positions since a row had read `before` (B,) tokens, at most `size` ago, without the Mamba states."""
+    Returns:
+      of the n rows the caches' new positions, the Mamba states and the length.
+    """
     with jax.named_scope("news"):
         positions = before[:, None, None, None] + jnp.arange(size)[:, None]
 
         def since(cache: jax.Array) -> jax.Array:
             return jnp.take_along_axis(cache, positions, axis=2, mode="clip")
 
-        return jax.tree.map(
-            lambda x: KVCache(since(x.key), since(x.value)) if isinstance(x, KVCache) else x,
-            caches(state),
-            is_leaf=lambda x: isinstance(x, KVCache),
-        )
+        layers = (KVCache(since(x.key), since(x.value)) if isinstance(x, KVCache) else x for x in state.layers)
+        told = state.replace(layers=tuple(layers))
+        return jax.tree.map(lambda x: jnp.take(x, rows, axis=0, mode="clip"), told)
 
 
-def absorb(state: TowerState, changed: TowerState) -> TowerState:
-    """A denoiser's copy of the context's state, and what `with_mamba` has of it since."""
+def absorb(state: TowerState, changed: TowerState, rows: jax.Array) -> TowerState:
+    """A denoiser's copy of the context's state, with the `news` of some rows (n,)."""
     with jax.named_scope("absorb"):
+
+        def put(into: jax.Array, new: jax.Array) -> jax.Array:
+            return into.at[rows].set(new, mode="drop")
+
+        length = put(state.length, changed.length)
+        span = Span(state.length, length - state.length)
 
         def one(old, new):
             if not isinstance(old, KVCache):
-                return new
-            span = Span(state.length, changed.length - state.length)
-            return attention.append(old, new.key.swapaxes(1, 2), new.value.swapaxes(1, 2), span)
+                return jax.tree.map(put, old, new)
+            told = (x.swapaxes(1, 2) for x in (new.key, new.value))
+            key, value = (put(jnp.zeros((len(length), *x.shape[1:]), x.dtype), x) for x in told)
+            return attention.append(old, key, value, span)
 
-        return TowerState(tuple(map(one, state.layers, changed.layers)), changed.length)
+        return state.replace(layers=tuple(map(one, state.layers, changed.layers)), length=length)
 
 
 def context_logits(config: Config, params: dict, tokens: jax.Array, count: jax.Array, capacity: int) -> jax.Array:

@@ -84,7 +84,7 @@ def test_diffusion_trace(golden, setting):
     size, steps, gamma = setting
     model = golden.model
     c, params = model.config, model.params
-    rules = diffusion.Diffusion(Sampler.of(0), ThresholdUnmasking(np.float32(gamma), steps), 3, size)
+    rules = diffusion.Diffusion(Sampler.of(0), ThresholdUnmasking(np.float32(gamma), steps), 3)
     tokens = np.zeros((4, 48), np.int32)
     for row in golden.rows:
         tokens[row, : len(golden.prompt(row))] = golden.prompt(row)
@@ -95,7 +95,7 @@ def test_diffusion_trace(golden, setting):
     keys = jax.random.split(jax.random.key(0), (4, size))
     traces = [[] for _ in golden.rows]
     for index in range(64 // size):
-        block = diffusion.masked_block(rules, np.ones(4, bool), np.full(4, size))
+        block = diffusion.masked_block(np.ones(4, bool), np.full(4, size), size, 3)
         while block.masked.any():
             for row in np.flatnonzero(block.masked.any(1)):
                 traces[row].append([index, int(block.step[row]), *block.tokens[row].tolist()])

@@ -17,7 +17,7 @@ from twotower_jax.plan_report import table
 
 
 def wish(rows=4, mode="diffusion"):
-    return Wish(mode, rows, prompt=32, new_tokens=32, block_size=16, dtype=np.dtype(jnp.float32))
+    return Wish(mode, rows, context=64, block_size=16, dtype=np.dtype(jnp.float32))
 
 
 COMPILERS = "this machine's, today"
@@ -44,7 +44,7 @@ def test_towers_apart(divided):
         assert found.parameters[name] == held(divided.params[name])
         assert found.needed[name] > found.parameters[name] + found.states[name]
     c = divided.config
-    assert found.moved["caches"] == c.pattern.count("*") * 2 * 16 * c.kv_heads * c.head_dim * 4 + 4
+    assert found.moved["caches"] == c.pattern.count("*") * 2 * 16 * c.kv_heads * c.head_dim * 4
     ssm, conv = c.mamba_width * c.state_size, (c.conv_kernel - 1) * c.conv_channels
     assert found.moved["mamba"] == c.pattern.count("M") * 4 * (ssm + conv)
     for programs in found.programs.values():
@@ -59,7 +59,7 @@ def test_vocabulary_is_not_gathered(divided):
     for vocab in (128, 4096):
         config = dataclasses.replace(divided.config, vocab_size=vocab)
         towers = place(tt.Placement(range(8), range(8), {"tensor": 4, "data": 2}), config, two_towers=True)
-        sizes.append(plan(config, towers, wish(mode="ar"), COMPILERS).programs["context"]["generate"].collectives)
+        sizes.append(plan(config, towers, wish(mode="ar"), COMPILERS).programs["both"]["write"].collectives)
     assert sizes[0] == sizes[1] != {}
 
 
@@ -71,7 +71,7 @@ def test_gathered_experts_are_seen(divided, monkeypatch):
         return routed(x, experts, weights, *whole)
 
     monkeypatch.setattr(moe, "routed_over_devices", gathering)
-    copies = plan(divided.config, divided.towers, wish(), COMPILERS).programs["denoiser"]["write"].copies
+    copies = plan(divided.config, divided.towers, wish(), COMPILERS).programs["denoiser"]["denoise"].copies
     assert any(copy.startswith("all-gather") for copy in copies)
 
 
@@ -79,4 +79,4 @@ def test_towers_together():
     model = load([0], [0])
     found = plan(model.config, model.towers, wish(), COMPILERS)
     assert found.parameters == {"both": held(model.params)}
-    assert list(found.programs["both"]) == ["generate"]
+    assert list(found.programs["both"]) == ["feed", "seat", "denoise_and_read"]

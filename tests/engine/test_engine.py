@@ -9,26 +9,13 @@ import numpy as np
 import psutil
 import pytest
 from conftest import load
-from streams import MORE, OUTPUTS, PROMPTS, heard, random_requests
+from plain import alone
+from streams import MORE, PROMPTS, heard, random_requests
 
 import twotower_jax as tt
 from twotower_jax.engine import sizes
 from twotower_jax.engine.request import Request
 from twotower_jax.engine.scheduler import Engine
-
-
-def alone(model, r):
-    """Tokens of a request by itself, not by the engine, and passes if they are those of all that was written."""
-    options = {"max_new_tokens": max(OUTPUTS), "temperature": r.temperature, "top_k": r.top_k, "seed": r.seed}
-    options |= {"rows": [r.row], "eos_token_id": r.eos_token_id}
-    if r.mode == "diffusion":
-        names = ("block_size", "steps_per_block", "confidence_threshold")
-        g = model.generate_mask_diffusion([r.prompt], **options, **{name: getattr(r, name) for name in names})
-    else:
-        generate = model.generate_ar if r.mode == "ar" else model.generate_mock_ar
-        g = generate([r.prompt], top_p=r.top_p, **options)
-    n = min(r.max_new_tokens, len(g.tokens[0]))
-    return g.tokens[0][:n], g.forwards[0] if n == len(g.tokens[0]) else None
 
 
 def assert_as_alone(model, requests, slots):
@@ -38,7 +25,7 @@ def assert_as_alone(model, requests, slots):
         expected, passes = alone(model, r)
         assert tokens[r.key] == expected, r
         event = last[r.key]
-        assert passes in (event.context_forwards if r.mode == "ar" else event.denoiser_forwards, None)
+        assert passes == (event.context_forwards if r.mode == "ar" else event.denoiser_forwards)
         assert event.end == ("stop" if expected and expected[-1] in r.eos_token_id else "length")
 
 
@@ -226,7 +213,7 @@ def test_what_does_not_fit():
     towers, dtype = model.towers, jnp.dtype(jnp.float32)
     slots, capacity, line = sizes.plan(towers, dtype, room=10**8, **options)
     assert capacity >= 1000
-    assert slots * sizes.row_bytes(towers.context, capacity, 16, dtype) <= 10**8
+    assert sizes.rows_bytes(towers.context, slots, capacity, 16, dtype) <= 10**8
     assert line.startswith(f"{slots} slots: ")
     with pytest.raises(tt.InputError, match=r"not one row fits: .* GB a row of 1024 positions, 1e-05 GB"):
         sizes.plan(towers, dtype, room=10**4, **options)

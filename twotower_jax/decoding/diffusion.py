@@ -6,48 +6,25 @@ from flax import struct
 
 from twotower_jax import two_tower
 from twotower_jax.config import Config
-from twotower_jax.decoding.progress import Progress, Request
 from twotower_jax.decoding.sampling import Sampler
-from twotower_jax.decoding.stopping import broken, holds
 from twotower_jax.decoding.unmasking import ThresholdUnmasking
 from twotower_jax.decoding.vocabulary import Vocabulary
-from twotower_jax.layers.collectives import any_row
 from twotower_jax.state import TowerState
 
 
 @struct.dataclass
 class Diffusion:
-    """The rules of a run.
+    """The rules of a block.
 
     Attributes:
       sampler: how a token is predicted.
       unmasking: which predictions are committed.
       mask_id: the token that stands for a masked position; it is never predicted.
-      block_size: S.
     """
 
     sampler: Sampler
     unmasking: ThresholdUnmasking
     mask_id: int
-    block_size: int = struct.field(pytree_node=False)
-
-    @property
-    def unit(self) -> int:
-        """New tokens that one call of `write` gives a row."""
-        return self.block_size
-
-    def read_before(self, request: Request) -> jax.Array:
-        """How much of each prompt the context tower reads first (B,): all."""
-        return request.count
-
-    def write(
-        self, config: Config, params: dict, state: TowerState, p: Progress, request: Request
-    ) -> tuple[Progress, jax.Array]:
-        """One block for every row that has not ended; it is what the context tower reads next (B, S)."""
-        block = masked_block(self, ~p.done, jnp.full_like(p.length, self.block_size))
-        keys = request.keys(p.unit * self.block_size, self.block_size)
-        block = denoise_block(config, params, self, state, block, keys)
-        return p.add(block.tokens, block.step, block.failed, holds(block.tokens, request.eos)), block.tokens
 
 
 @struct.dataclass
@@ -76,11 +53,11 @@ class Block:
         return jnp.arange(self.tokens.shape[1]) < self.size[:, None]
 
 
-def masked_block(rules: Diffusion, active: jax.Array, size: jax.Array) -> Block:
-    """A block of `size` (B,) positions, all of them masked in the active (B,) rows."""
-    shape = (active.shape[0], rules.block_size)
+def masked_block(active: jax.Array, size: jax.Array, width: int, mask_id: int) -> Block:
+    """Blocks of `size` (B,) positions, at most `width`, all of them masked in the active (B,) rows."""
+    shape = (active.shape[0], width)
     block = Block(
-        tokens=jnp.full(shape, rules.mask_id, jnp.int32),
+        tokens=jnp.full(shape, mask_id, jnp.int32),
         masked=jnp.zeros(shape, bool),
         confidence=jnp.zeros(shape, jnp.float32),
         step=jnp.zeros(shape[0], jnp.int32),
@@ -109,7 +86,7 @@ def denoise_step(
         logits = two_tower.denoise(config, params, state, block.tokens, t, block.size)
         logits = jnp.where(block.real[..., None], logits, 0)
         vocabulary = Vocabulary(config.shards.tensor)
-        failed = active & broken(logits, vocabulary)
+        failed = active & vocabulary.broken(logits)
         logits = jnp.where(vocabulary.ids(logits) == rules.mask_id, -jnp.inf, logits)
         predicted = rules.sampler.predict(logits, keys, vocabulary)
         confidence = vocabulary.probability(logits, predicted)
@@ -121,14 +98,3 @@ def denoise_step(
             step=block.step + active,
             failed=block.failed | failed,
         )
-
-
-def denoise_block(
-    config: Config, params: dict, rules: Diffusion, state: TowerState, block: Block, keys: jax.Array
-) -> Block:
-    """`denoise_step` until nothing is masked."""
-    return jax.lax.while_loop(
-        lambda block: any_row(block.masked, config),
-        lambda block: denoise_step(config, params, rules, state, block, keys),
-        block,
-    )

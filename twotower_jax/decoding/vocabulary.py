@@ -69,6 +69,10 @@ class Vocabulary:
         top = self.max(logits)
         return jnp.exp(self.at(logits, token) - top[..., 0]) / self.sum(jnp.exp(logits - top))[..., 0]
 
+    def broken(self, logits: jax.Array) -> jax.Array:
+        """Whether a row of logits (B, L, V) has a value that is not finite, which ends it with an error: (B,) bool."""
+        return self.any(~jnp.isfinite(logits)).any(-1)
+
     def kth_largest(self, logits: jax.Array, k: jax.Array) -> jax.Array:
         """The k-th largest logit, the least for a k beyond the vocabulary; k broadcasts to (..., 1): (..., 1)."""
         return self._least(logits, jnp.ones_like(logits), k)

@@ -2,8 +2,12 @@
 `Apart` for towers that have devices of their own.
 """
 
+import functools
+import math
+from collections.abc import Callable
 from typing import Any, Protocol
 
+import jax
 import numpy as np
 
 from twotower_jax import sharding, two_tower
@@ -17,7 +21,7 @@ TOKENS = 16  # that rows of one token a step write in a round, at most
 
 
 class Devices(Protocol):
-    """What the scheduler starts; nothing here waits for a device."""
+    """What the scheduler starts, of which nothing waits for a device; and what it hears."""
 
     def feed(self, piece: Piece) -> None:
         """See `steps.feed`; the piece is on the host."""
@@ -25,11 +29,14 @@ class Devices(Protocol):
     def seat(self, cancelled: np.ndarray) -> None:
         """See `steps.seat`."""
 
-    def write(self, mode: str) -> list[News]:
-        """Has the rows of a mode write; the news, on the devices."""
+    def write(self, mode: str, draws: bool) -> list[News]:
+        """Has the rows of a mode write, of which some may draw, or none does; the news, on the devices."""
 
     def fetch(self, news: News) -> News:
         """The news on the host."""
+
+    def rows_on(self, group: Group) -> tuple[Bench, Slots]:
+        """What a group of devices holds of the rows."""
 
 
 class _Place:
@@ -72,25 +79,35 @@ class Together:
         self._write = Program(steps.write, (both, slots, WHOLE), (slots, ROWS), donated=(1,))
         self.seat, self.fetch = here.seat, here.fetch
 
+    def rows_on(self, group: Group) -> tuple[Bench, Slots]:
+        return self._place.bench, self._place.slots
+
     def feed(self, piece: Piece) -> None:
         here, context = self._place, {"context": self._params["context"]}
         here.bench = here.run(self._feed, context, here.bench, here.group.put(piece, ROWS))
 
-    def write(self, mode: str) -> list[News]:
+    def write(self, mode: str, draws: bool) -> list[News]:
         here = self._place
         if mode == "diffusion":
-            here.slots, news = here.run(self._denoise, self._params, here.slots, self._share, self._mask_id)
+            numbers = (self._share, self._mask_id)
+            here.slots, news = here.run(self._denoise, self._params, here.slots, *numbers, draws=draws)
         else:
-            sizes = {"mode": mode, "tokens": TOKENS}
+            sizes = {"mode": mode, "tokens": TOKENS, "draws": draws}
             here.slots, news = here.run(self._write, self._params, here.slots, self._share, **sizes)
         return [news]
 
 
 class Apart:
-    """Each tower on its own devices, which both have a bench and slots; the denoiser's say who has ended."""
+    """Each tower on its own devices, which both have a bench and slots; the denoiser's say who has ended.
+
+    The denoiser's copy of the context's state follows when the lane's next turn begins, and no sooner, so that the
+    other lane goes first on the denoiser's devices while the context tower reads.
+    """
 
     def __init__(self, towers: Towers, programs: Programs, params: dict, share: float, mask_id: int, **sizes: Any):
         self._towers = towers
+        self._behind: list[Callable[[], None]] = []  # what the denoiser's devices have still to follow
+        self._most = math.ceil(share * sizes["slots"] / towers.context.row_shards)
         self._context, self._denoiser = {"context": params["context"]}, {"denoiser": params["denoiser"]}
         sizes |= {"dtype": two_tower.dtype_of(params)}
         there, here = [_Place(group, programs, **sizes) for group in towers.groups]
@@ -104,46 +121,71 @@ class Apart:
         self._follow = Program(steps.follow, (bench, ROWS, states), bench, donated=(0,))
         self._denoise = Program(steps.denoise, (denoiser, slots, WHOLE, WHOLE), (slots, ROWS, ROWS), donated=(1,))
         self._mock = Program(steps.write_apart, (denoiser, slots), (slots, ROWS, ROWS, ROWS), donated=(1,))
-        self._read = Program(steps.read_apart, (context, slots, ROWS, ROWS, ROWS), (slots, states), donated=(1,))
-        self._absorb = Program(steps.absorb, (slots, states), slots, donated=(0,))
+        self._read = Program(steps.read_apart, (context, slots, ROWS, ROWS, ROWS), (slots, ROWS, states), donated=(1,))
+        self._absorb = Program(steps.absorb, (slots, ROWS, states), slots, donated=(0,))
         self._write = Program(steps.write, (context, slots, WHOLE), (slots, ROWS), donated=(1,))
         self._release = Program(steps.release, (slots, ROWS), slots, donated=(0,))
 
     def fetch(self, news: News) -> News:
         return self._here.fetch(news)
 
+    def rows_on(self, group: Group) -> tuple[Bench, Slots]:
+        place = self._here if group is self._here.group else self._there
+        return place.bench, place.slots
+
     def feed(self, piece: Piece) -> None:
         there, here = self._there, self._here
-        there.bench, came = there.run(self._feed, self._context, there.bench, there.group.put(piece, ROWS))
-        came = self._towers.move(came, self._states, here.group)
-        here.bench = here.run(self._follow, here.bench, here.group.put(piece, ROWS), came)
+        there.bench, news = there.run(self._feed, self._context, there.bench, there.group.put(piece, ROWS))
+        came = self._towers.move(news, self._states, here.group)
+
+        def follow() -> None:
+            here.bench = here.run(self._follow, here.bench, here.group.put(piece, ROWS), came)
+
+        self._behind.append(follow)
 
     def seat(self, cancelled: np.ndarray) -> None:
+        self._catch_up()
         self._there.seat(cancelled)
         self._here.seat(cancelled)
 
-    def write(self, mode: str) -> list[News]:
+    def write(self, mode: str, draws: bool) -> list[News]:
         there, here = self._there, self._here
-        if mode == "diffusion":
-            here.slots, news, reads = here.run(self._denoise, self._denoiser, here.slots, self._share, self._mask_id)
-            self._send(here.slots.block.tokens, reads)
+        if mode == "ar":
+            sizes = {"mode": mode, "tokens": TOKENS, "draws": draws}
+            there.slots, news = there.run(self._write, self._context, there.slots, self._share_there, **sizes)
+            self._behind.append(functools.partial(self._let_go, there.slots.rows.ticket))
             return [news]
-        if mode == "mock-ar":
-            heard = []
-            for _ in range(TOKENS):
-                here.slots, news, last, reads = here.run(self._mock, self._denoiser, here.slots)
-                self._send(last, reads)
-                heard.append(news)
-            return heard
-        sizes = {"mode": mode, "tokens": TOKENS}
-        there.slots, news = there.run(self._write, self._context, there.slots, self._share_there, **sizes)
-        ticket = self._towers.move(there.slots.rows.ticket, ROWS, here.group)
-        here.slots = here.run(self._release, here.slots, ticket)
-        return [news]
+        self._catch_up()
+        if mode == "diffusion":
+            numbers, sizes = (self._share, self._mask_id), {"draws": draws, "most": self._most}
+            here.slots, news, reads = here.run(self._denoise, self._denoiser, here.slots, *numbers, **sizes)
+            self._send(here.slots.block.tokens, reads, self._most)
+            return [news]
+        heard = []
+        for _ in range(TOKENS):
+            self._catch_up()
+            here.slots, news, last, reads = here.run(self._mock, self._denoiser, here.slots, draws=draws)
+            self._send(last, reads, last.shape[0] // here.group.row_shards)
+            heard.append(news)
+        return heard
 
-    def _send(self, tokens: Any, reads: Any) -> None:
-        """Has the context tower read, and the denoiser's copy follow."""
+    def _send(self, tokens: jax.Array, reads: jax.Array, most: int) -> None:
+        """Has the context tower read of so many rows at most."""
         there, here = self._there, self._here
         came = self._towers.move((tokens, reads, here.slots.rows.ticket), ROWS, there.group)
-        there.slots, news = there.run(self._read, self._context, there.slots, *came)
-        here.slots = here.run(self._absorb, here.slots, self._towers.move(news, self._states, here.group))
+        there.slots, *news = there.run(self._read, self._context, there.slots, *came, most=most)
+        rows, states = self._towers.move(tuple(news), (ROWS, self._states), here.group)
+
+        def absorb() -> None:
+            here.slots = here.run(self._absorb, here.slots, rows, states)
+
+        self._behind.append(absorb)
+
+    def _let_go(self, ticket: jax.Array) -> None:
+        """Of the rows that the context tower wrote alone, those that have ended."""
+        here = self._here
+        here.slots = here.run(self._release, here.slots, self._towers.move(ticket, ROWS, here.group))
+
+    def _catch_up(self) -> None:
+        while self._behind:
+            self._behind.pop(0)()

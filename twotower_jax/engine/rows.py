@@ -64,9 +64,9 @@ class Rows:
         positions = (self.count + self.written)[:, None] + jnp.arange(size)
         return position_keys(row_keys(self.seed, self.number), positions)
 
-    @property
-    def sampler(self) -> Sampler:
-        return Sampler(self.temperature, self.top_k, self.top_p, draws=True)
+    def sampler(self, draws: bool) -> Sampler:
+        """Of rows of which some may draw, or none does."""
+        return Sampler(self.temperature, self.top_k, self.top_p, draws)
 
     @property
     def unmasking(self) -> ThresholdUnmasking:

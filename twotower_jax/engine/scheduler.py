@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from twotower_jax import two_tower
 from twotower_jax.decoding import MODES
 from twotower_jax.engine.devices import Apart, Devices, Together
 from twotower_jax.engine.request import Event, Request, cut
 from twotower_jax.engine.rows import EMPTY, News, Piece, as_rows
+from twotower_jax.engine.sizes import lanes_of, piece_of
 from twotower_jax.errors import InputError
 from twotower_jax.placement import Towers
 from twotower_jax.programs import Programs
@@ -115,9 +115,7 @@ class Engine:
         share: float = SHARE,
         about: str = "",
     ):
-        lanes, shards = 2 if towers.split else 1, towers.context.row_shards
-        self._lane_slots = -(-slots // (lanes * shards)) * shards
-        self._lane_bench = -(-self._lane_slots // shards // 2) * shards
+        lanes, self._lane_slots, self._lane_bench = lanes_of(towers, slots, capacity)
         self.slots, self.bench = lanes * self._lane_slots, lanes * self._lane_bench
         self.capacity, self.block_size = capacity, block_size
         self.use, self.about = Use(), about
@@ -128,6 +126,7 @@ class Engine:
         where = towers if towers.split else towers.context
         self._lanes = [_Lane(made(where, programs, params, **sizes), [EMPTY] * self._lane_bench) for _ in range(lanes)]
         self._rows: dict[int, Row] = {}  # by ticket
+        self._draws = False  # whether a request had a temperature
         self._tickets: dict[Hashable, int] = {}
         self._next = 0
 
@@ -141,15 +140,15 @@ class Engine:
         while self._rows or not queue.ended:
             for lane in self._lanes:
                 yield from self._welcome(lane, queue)
-                self._feed(lane)
                 modes = self._modes(lane)
                 if modes:
                     self._seat(lane)
-                    news = [part for mode in modes for part in lane.devices.write(mode)]
+                    news = [part for mode in modes for part in lane.devices.write(mode, self._draws)]
                     for leaf in jax.tree.leaves(news):
                         if leaf.is_fully_addressable:
                             leaf.copy_to_host_async()
                     lane.rounds.append((news, not queue.ended))
+                self._feed(lane)
                 if lane.rounds and (len(lane.rounds) > 1 or not modes):
                     yield from self._hear(lane)
         for lane in self._lanes:
@@ -190,6 +189,7 @@ class Engine:
                     continue
                 ticket, self._next = self._next, (self._next + 1) % (2**31 - 1)
                 self._rows[ticket] = Row(request, lane)
+                self._draws |= request.temperature > 0
                 self._tickets[request.key] = ticket
                 lane.places[place] = ticket
 
@@ -199,7 +199,7 @@ class Engine:
         waiting = sum(t != EMPTY for t in lane.places) - len(reading)
         if not reading or (waiting and 2 * len(reading) < self._lane_bench):
             return
-        width = self._width(max(self._left(t) for t in reading.values()))
+        width = piece_of(self._lane_bench, max(self._left(t) for t in reading.values()))
         tokens = np.zeros((self._lane_bench, width), np.int32)
         count = np.zeros(self._lane_bench, np.int32)
         fresh, ready = np.zeros(self._lane_bench, bool), np.zeros(self._lane_bench, bool)
@@ -220,14 +220,6 @@ class Engine:
         """Tokens of the prompt that are not read."""
         row = self._rows[ticket]
         return row.request.read_first - max(row.read, 0)
-
-    def _width(self, longest: int) -> int:
-        """Of a piece: one of few, so that few programs are compiled."""
-        most = max(16, two_tower.PREFILL_TOKENS // self._lane_bench)
-        width = 16
-        while width < min(longest, most):
-            width *= 4
-        return min(width, 1 << (most.bit_length() - 1))
 
     def _modes(self, lane: _Lane) -> list[str]:
         """Those of rows that wait for a slot or have one."""

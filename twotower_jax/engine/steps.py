@@ -5,6 +5,7 @@ Where the towers have devices of their own, both have a bench and slots, and sea
 state goes to the denoiser's copy.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,8 +14,6 @@ import jax.numpy as jnp
 from twotower_jax import two_tower
 from twotower_jax.config import Config
 from twotower_jax.decoding.diffusion import Block, Diffusion, denoise_step, masked_block
-from twotower_jax.decoding.loop import when
-from twotower_jax.decoding.stopping import broken
 from twotower_jax.decoding.vocabulary import Vocabulary
 from twotower_jax.engine.rows import EMPTY, Bench, News, Piece, Rows, Slots
 from twotower_jax.layers.collectives import any_row, row_sum
@@ -39,17 +38,19 @@ def feed_apart(config: Config, params: dict, bench: Bench, piece: Piece) -> tupl
     """`feed`, and what is new in the context's state."""
     before = jnp.where(piece.fresh, 0, bench.state.length)
     bench = feed(config, params, bench, piece)
-    return bench, _news(bench.state, before, piece.tokens.shape[1])
+    return bench, two_tower.news(bench.state, before, piece.tokens.shape[1], jnp.arange(before.shape[0]))
 
 
 def follow(config: Config, bench: Bench, piece: Piece, came: TowerState) -> Bench:
     """What `feed_apart` did, on the denoiser's devices."""
     bench = _welcomed(bench, piece)
-    return bench.replace(state=two_tower.absorb(bench.state, came))
+    rows = jnp.arange(bench.waiting.shape[0])
+    return bench.replace(state=two_tower.absorb(bench.state, came, rows))
 
 
-def _news(state: TowerState, before: jax.Array, size: int) -> TowerState:
-    return two_tower.with_mamba(two_tower.news(state, before, size), state)
+def when(condition: jax.Array, change: Callable, value: Any) -> Any:
+    """`change(value)` if the condition holds: a loop of one turn or none, which works in place where `cond` copies."""
+    return jax.lax.while_loop(lambda c: c[0], lambda c: (jnp.array(False), change(c[1])), (condition, value))[1]
 
 
 def seat(config: Config, bench: Bench, slots: Slots, cancelled: jax.Array) -> tuple[Bench, Slots]:
@@ -82,7 +83,7 @@ def seat(config: Config, bench: Bench, slots: Slots, cancelled: jax.Array) -> tu
 
 
 def denoise(
-    config: Config, params: dict, slots: Slots, share: jax.Array, mask_id: jax.Array
+    config: Config, params: dict, slots: Slots, share: jax.Array, mask_id: jax.Array, *, draws: bool, most: int
 ) -> tuple[Slots, News, jax.Array]:
     """Denoises until enough rows have a full block.
 
@@ -92,6 +93,8 @@ def denoise(
       slots: before.
       share: () float32 of the rows that are denoised is enough.
       mask_id: () int32, the token that stands for a masked position.
+      draws: whether a row may have a temperature.
+      most: full blocks of a device that end with this round; others wait for the next, in which they come first.
 
     Returns:
       the slots, with their state as it was; the news; and how much of its block the context tower reads of each row,
@@ -99,9 +102,9 @@ def denoise(
     """
     rows, width = slots.rows, slots.block.tokens.shape[1]
     own = rows.of_mode("diffusion")
-    rules = Diffusion(rows.sampler, rows.unmasking, mask_id, width)
+    rules = Diffusion(rows.sampler(draws), rows.unmasking, mask_id)
     begins = own & ~slots.begun
-    block = _chosen(begins, masked_block(rules, begins, rows.size), slots.block)
+    block = _chosen(begins, masked_block(begins, rows.size, width, mask_id), slots.block)
     block = block.replace(masked=block.masked & own[:, None])
     keys = rows.keys(width)
     enough = jnp.ceil(share * row_sum(own, config))
@@ -112,8 +115,11 @@ def denoise(
     def more(block: Block) -> jax.Array:
         return any_row(block.masked, config) & (row_sum(full(block), config) < enough)
 
+    waited = full(block)
     block = jax.lax.while_loop(more, lambda block: denoise_step(config, params, rules, slots.state, block, keys), block)
     done = full(block)
+    order = jnp.argsort(jnp.where(waited, 0, jnp.where(done, 1, 2)), stable=True)
+    done &= jnp.argsort(order) < most
     failed = done & block.failed
     stops = (rows.ends(block.tokens) & block.real).any(-1)
     ended = done & (failed | stops | (rows.written + rows.size >= rows.limit))
@@ -142,15 +148,16 @@ def read(config: Config, params: dict, state: TowerState, tokens: jax.Array, cou
 
 
 def denoise_and_read(
-    config: Config, params: dict, slots: Slots, share: jax.Array, mask_id: jax.Array
+    config: Config, params: dict, slots: Slots, share: jax.Array, mask_id: jax.Array, *, draws: bool
 ) -> tuple[Slots, News]:
     """`denoise`, and `read` of the blocks that are full."""
-    slots, news, reads = denoise(config, params, slots, share, mask_id)
+    most = slots.begun.shape[0]
+    slots, news, reads = denoise(config, params, slots, share, mask_id, draws=draws, most=most)
     return slots.replace(state=read(config, params, slots.state, slots.block.tokens, reads)), news
 
 
 def write(
-    config: Config, params: dict, slots: Slots, share: jax.Array, *, mode: str, tokens: int
+    config: Config, params: dict, slots: Slots, share: jax.Array, *, mode: str, tokens: int, draws: bool
 ) -> tuple[Slots, News]:
     """Rows of `ar` or `mock-ar` write so many tokens, one at a time, or until enough of them have ended.
 
@@ -161,6 +168,7 @@ def write(
       share: () float32 of the rows is enough.
       mode: which of the two.
       tokens: that are written at most.
+      draws: whether a row may have a temperature.
     """
     own = slots.rows.of_mode(mode)
     enough = jnp.ceil(share * row_sum(own, config))
@@ -174,7 +182,7 @@ def write(
         turn, rows, state, news = carry
         active = own & ~news.ended
         logits, state = _next_logits(config, params, state, rows.last, active, mode)
-        rows, news = _add(config, rows, news, logits, active, turn)
+        rows, news = _add(config, rows, news, logits, active, turn, draws)
         return turn + 1, rows, state, news
 
     _, rows, state, news = jax.lax.while_loop(
@@ -183,7 +191,7 @@ def write(
     return slots.replace(rows=_left(rows, news), state=state), news
 
 
-def write_apart(config: Config, params: dict, slots: Slots) -> tuple[Slots, News, jax.Array, jax.Array]:
+def write_apart(config: Config, params: dict, slots: Slots, *, draws: bool) -> tuple[Slots, News, jax.Array, jax.Array]:
     """The denoiser writes one token of the rows of `mock-ar`.
 
     Returns:
@@ -191,7 +199,7 @@ def write_apart(config: Config, params: dict, slots: Slots) -> tuple[Slots, News
     """
     active, last = slots.rows.of_mode("mock-ar"), slots.rows.last[:, None]
     logits = two_tower.denoise(config, params, slots.state, last, t=None)
-    rows, news = _add(config, slots.rows, _no_news(slots.rows.ticket, 1), logits, active, 0)
+    rows, news = _add(config, slots.rows, _no_news(slots.rows.ticket, 1), logits, active, 0, draws)
     return slots.replace(rows=_left(rows, news)), news, last, (active & ~news.ended).astype(jnp.int32)
 
 
@@ -202,12 +210,12 @@ def _no_news(ticket: jax.Array, tokens: int) -> News:
 
 
 def _add(
-    config: Config, rows: Rows, news: News, logits: jax.Array, active: jax.Array, turn: jax.Array | int
+    config: Config, rows: Rows, news: News, logits: jax.Array, active: jax.Array, turn: jax.Array | int, draws: bool
 ) -> tuple[Rows, News]:
     """With the next token of the active rows, drawn from logits (B, 1, V), at a place of the news."""
     vocabulary = Vocabulary(config.shards.tensor)
-    drawn = rows.sampler.predict(logits, rows.keys(1), vocabulary)
-    failed = active & broken(logits, vocabulary)
+    drawn = rows.sampler(draws).predict(logits, rows.keys(1), vocabulary)
+    failed = active & vocabulary.broken(logits)
     fine = active & ~failed
     ended = fine & (rows.ends(drawn)[:, 0] | (rows.written + 1 >= rows.limit))
 
@@ -232,18 +240,24 @@ def _left(rows: Rows, news: News) -> Rows:
 
 
 def read_apart(
-    config: Config, params: dict, slots: Slots, tokens: jax.Array, count: jax.Array, ticket: jax.Array
-) -> tuple[Slots, TowerState]:
-    """`read` of what the denoiser's devices sent, with the tickets (B,) there; and what is new in the state."""
+    config: Config, params: dict, slots: Slots, tokens: jax.Array, count: jax.Array, ticket: jax.Array, *, most: int
+) -> tuple[Slots, jax.Array, TowerState]:
+    """`read` of what the denoiser's devices sent, with the tickets (B,) there.
+
+    Returns:
+      the slots; and of the rows that were read, `most` or fewer, their numbers (most,), B where there are fewer, and
+      what is new in their state.
+    """
     before = slots.state.length
     state = read(config, params, slots.state, tokens, count)
     slots = slots.replace(state=state, rows=slots.rows.replace(ticket=ticket))
-    return slots, _news(state, before, tokens.shape[1])
+    (rows,) = jnp.nonzero(count > 0, size=most, fill_value=count.shape[0])
+    return slots, rows, two_tower.news(state, before, tokens.shape[1], rows)
 
 
-def absorb(config: Config, slots: Slots, came: TowerState) -> Slots:
+def absorb(config: Config, slots: Slots, rows: jax.Array, came: TowerState) -> Slots:
     """What `read_apart` found new, in the denoiser's copy."""
-    return slots.replace(state=two_tower.absorb(slots.state, came))
+    return slots.replace(state=two_tower.absorb(slots.state, came, rows))
 
 
 def release(config: Config, slots: Slots, ticket: jax.Array) -> Slots:
