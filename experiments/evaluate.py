@@ -3,8 +3,8 @@
     python -m experiments.evaluate MODEL [--modes ar g0.8_T16 ...] [--block-size 16] [--dtype float32] [--rows N]
 
 A diffusion mode is g{threshold}_T{steps}. Tokens count up to a row's first EOS; forwards are the denoiser's, in ar the
-context tower's; commits are the context tower's passes over finished blocks. Greedy, in batches of 100 rows. --out
-FILE.json writes the same as JSON.
+context tower's; commits are the context tower's passes over finished blocks. Greedy. --out FILE.json writes the same as
+JSON.
 """
 
 import collections
@@ -17,7 +17,6 @@ from experiments import harness
 from experiments.demo import tasks
 
 TOKENIZER = tasks.tokenizer()
-ROWS = 100
 NEW_TOKENS = 64
 
 
@@ -41,14 +40,12 @@ def evaluate(model: tt.Model, examples: list[dict], mode: str, block_size: int =
     """ "exact_match" (of all, and "by_task"), "tokens_per_forward", "tokens", "forwards" and "commits"."""
     right, total = collections.Counter(), collections.Counter()
     tokens = forwards = commits = 0
-    for start in range(0, len(examples), ROWS):
-        part = examples[start : start + ROWS]
-        g = generate(model, mode, [TOKENIZER.encode(example["prompt"]).ids for example in part], block_size)
-        for example, row, passes in zip(part, g.tokens, g.forwards, strict=True):
-            total[example["task"]] += 1
-            right[example["task"]] += row == TOKENIZER.encode(example["completion"]).ids
-            tokens, forwards = tokens + len(row), forwards + passes
-            commits += -(-len(row) // block_size) - 1 if mode.startswith("g") else 0
+    g = generate(model, mode, [TOKENIZER.encode(example["prompt"]).ids for example in examples], block_size)
+    for example, row, passes in zip(examples, g.tokens, g.forwards, strict=True):
+        total[example["task"]] += 1
+        right[example["task"]] += row == TOKENIZER.encode(example["completion"]).ids
+        tokens, forwards = tokens + len(row), forwards + passes
+        commits += -(-len(row) // block_size) - 1 if mode.startswith("g") else 0
     return {
         "exact_match": right.total() / total.total(),
         "tokens_per_forward": tokens / forwards,

@@ -12,7 +12,7 @@ plan() {
     mv "$file.new" "$file"
 }
 case "$1" in
-cuda) plan h100x2 --rows 32 --largest; plan h200x1 --rows 32 ;;
-tpu) plan v5e:4x4 --rows 32; plan v6e:2x4 --rows 32 ;;
+cuda) plan h100x2 --rows 32 --largest; plan h200x1 --rows 32 --largest ;;
+tpu) plan v5e:4x4 --rows 32 --largest; plan v6e:2x4 --rows 32 --largest ;;
 *) echo "sh experiments/plans.sh cuda|tpu" >&2; exit 2 ;;
 esac

@@ -48,10 +48,7 @@ def alone(model, r):
             _, state = _extend(c, params, state, new, np.array([r.block]))
         else:
             hidden, after = _extend(c, params, state, np.array([[last]]), np.array([1]))
-            if r.mode == "ar":
-                logits = _head(params, hidden)
-            else:
-                logits = _denoise(c, params, state, np.array([[last]]), None)
+            logits = _head(params, hidden) if r.mode == "ar" else _denoise(c, params, state, np.array([[last]]), None)
             new, state, passes = _draw(sampler, logits, keys), after, passes + 1
         written += np.asarray(new)[0].tolist()
         last = written[-1]

@@ -156,17 +156,9 @@ def prefill(
     return last, state
 
 
-def news(state: TowerState, before: jax.Array, size: int, rows: jax.Array) -> TowerState:
-    """What a denoiser on other devices must hear of a state that has read more: all that changed.
-
-    Args:
-      state: after.
-      before: (B,) int32, the length of each row before, at most `size` ago.
-      size: positions of the caches that are told.
-      rows: (n,) int32, which rows are told; a number beyond the last is for none.
-
-    Returns:
-      of the n rows the caches' new positions, the Mamba states and the length.
+def news(state: TowerState, before: jax.Array, size: int) -> TowerState:
+    """What has changed in a state since its rows had the length `before` (B,), at most `size` tokens ago: the caches'
+    new positions, the Mamba states and the length.
     """
     with jax.named_scope("news"):
         positions = before[:, None, None, None] + jnp.arange(size)[:, None]
@@ -175,12 +167,11 @@ def news(state: TowerState, before: jax.Array, size: int, rows: jax.Array) -> To
             return jnp.take_along_axis(cache, positions, axis=2, mode="clip")
 
         layers = (KVCache(since(x.key), since(x.value)) if isinstance(x, KVCache) else x for x in state.layers)
-        told = state.replace(layers=tuple(layers))
-        return jax.tree.map(lambda x: jnp.take(x, rows, axis=0, mode="clip"), told)
+        return state.replace(layers=tuple(layers))
 
 
 def absorb(state: TowerState, changed: TowerState, rows: jax.Array) -> TowerState:
-    """A denoiser's copy of the context's state, with the `news` of some rows (n,)."""
+    """A state, or a denoiser's copy of it, with the `news` of some rows (n,); a number beyond the last is for none."""
     with jax.named_scope("absorb"):
 
         def put(into: jax.Array, new: jax.Array) -> jax.Array:

@@ -71,6 +71,7 @@ class Together:
         self._params = params
         self._place = here = _Place(group, programs, **sizes, dtype=two_tower.dtype_of(params))
         self._share, self._mask_id = group.put((np.float32(share), np.int32(mask_id)), WHOLE)
+        self._most = math.ceil(share * sizes["slots"] / group.row_shards)
         context = sharding.specs(group.whole, "context")
         both = sharding.specs(group.whole, *params)
         bench, slots = here.bench_spec, here.slots_spec
@@ -89,8 +90,8 @@ class Together:
     def write(self, mode: str, draws: bool) -> list[News]:
         here = self._place
         if mode == "diffusion":
-            numbers = (self._share, self._mask_id)
-            here.slots, news = here.run(self._denoise, self._params, here.slots, *numbers, draws=draws)
+            numbers, sizes = (self._share, self._mask_id), {"draws": draws, "most": self._most}
+            here.slots, news = here.run(self._denoise, self._params, here.slots, *numbers, **sizes)
         else:
             sizes = {"mode": mode, "tokens": TOKENS, "draws": draws}
             here.slots, news = here.run(self._write, self._params, here.slots, self._share, **sizes)

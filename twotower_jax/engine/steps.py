@@ -38,7 +38,7 @@ def feed_apart(config: Config, params: dict, bench: Bench, piece: Piece) -> tupl
     """`feed`, and what is new in the context's state."""
     before = jnp.where(piece.fresh, 0, bench.state.length)
     bench = feed(config, params, bench, piece)
-    return bench, two_tower.news(bench.state, before, piece.tokens.shape[1], jnp.arange(before.shape[0]))
+    return bench, two_tower.news(bench.state, before, piece.tokens.shape[1])
 
 
 def follow(config: Config, bench: Bench, piece: Piece, came: TowerState) -> Bench:
@@ -137,23 +137,32 @@ def denoise(
     return Slots(rows, slots.state, block, (slots.begun | own) & ~done), news, reads
 
 
-def read(config: Config, params: dict, state: TowerState, tokens: jax.Array, count: jax.Array) -> TowerState:
-    """The context tower reads so many (B,) of the tokens (B, n) of each row."""
+def read(
+    config: Config, params: dict, state: TowerState, tokens: jax.Array, count: jax.Array, most: int
+) -> tuple[TowerState, jax.Array]:
+    """The context tower reads so many (B,) of the tokens (B, n) of each row, which is 0 but for `most` of them.
+
+    Returns:
+      the state, and the numbers of the rows that were read, (most,): B where there are fewer.
+    """
+    (rows,) = jnp.nonzero(count > 0, size=most, fill_value=count.shape[0])
 
     def extended(state: TowerState) -> TowerState:
         with jax.named_scope("commit"):
-            return two_tower.extend(config, params, state, tokens, count)[1]
+            own, some, n = jax.tree.map(lambda x: jnp.take(x, rows, axis=0, mode="clip"), (state, tokens, count))
+            _, after = two_tower.extend(config, params, own, some, n)
+            return two_tower.absorb(state, two_tower.news(after, own.length, some.shape[1]), rows)
 
-    return when(any_row(count > 0, config), extended, state)
+    return when(any_row(count > 0, config), extended, state), rows
 
 
 def denoise_and_read(
-    config: Config, params: dict, slots: Slots, share: jax.Array, mask_id: jax.Array, *, draws: bool
+    config: Config, params: dict, slots: Slots, share: jax.Array, mask_id: jax.Array, *, draws: bool, most: int
 ) -> tuple[Slots, News]:
     """`denoise`, and `read` of the blocks that are full."""
-    most = slots.begun.shape[0]
     slots, news, reads = denoise(config, params, slots, share, mask_id, draws=draws, most=most)
-    return slots.replace(state=read(config, params, slots.state, slots.block.tokens, reads)), news
+    state, _ = read(config, params, slots.state, slots.block.tokens, reads, most)
+    return slots.replace(state=state), news
 
 
 def write(
@@ -249,10 +258,10 @@ def read_apart(
       what is new in their state.
     """
     before = slots.state.length
-    state = read(config, params, slots.state, tokens, count)
+    state, rows = read(config, params, slots.state, tokens, count, most)
     slots = slots.replace(state=state, rows=slots.rows.replace(ticket=ticket))
-    (rows,) = jnp.nonzero(count > 0, size=most, fill_value=count.shape[0])
-    return slots, rows, two_tower.news(state, before, tokens.shape[1], rows)
+    own, before = jax.tree.map(lambda x: jnp.take(x, rows, axis=0, mode="clip"), (state, before))
+    return slots, rows, two_tower.news(own, before, tokens.shape[1])
 
 
 def absorb(config: Config, slots: Slots, rows: jax.Array, came: TowerState) -> Slots:
