@@ -86,7 +86,11 @@ def _add_placement(parser: argparse.ArgumentParser) -> None:
         help="the context tower's, from 0 (the first half, of two or more)",
     )
     add("--denoiser-devices", metavar="N,N", help="the denoiser's (the second half)")
-    add("--mesh", metavar="AXIS=N,...", help="how a tower's devices divide it: data, expert, tensor (expert first)")
+    _add_mesh(parser, "how a tower's devices divide it: data, expert, tensor (expert first)")
+
+
+def _add_mesh(parser: argparse.ArgumentParser, about: str) -> None:
+    parser.add_argument("--mesh", metavar="AXIS=N,...", help=about)
 
 
 def _add_job(parser: argparse.ArgumentParser) -> None:
@@ -113,6 +117,7 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 def _add_train(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("config", metavar="CONFIG", help="a TOML file; see twotower_jax/training/config.py")
+    _add_mesh(parser, "how all devices divide the model and the rows: data, expert, tensor (all data)")
     _add_job(parser)
     _add_json(parser)
 

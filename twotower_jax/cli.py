@@ -181,13 +181,15 @@ def _train(args: argparse.Namespace) -> int:
     import jax
 
     from twotower_jax import distributed, sources
+    from twotower_jax.placement import parse_mesh
     from twotower_jax.training.config import read_training_config
     from twotower_jax.training.loop import run
     from twotower_jax.training.start import Start
 
     config = read_training_config(sources.user_path(args.config))
+    mesh = None if args.mesh is None else parse_mesh(args.mesh)
     distributed.join(args.coordinator, args.processes, args.process)
-    ended = run(config, Start(config))
+    ended = run(config, Start(config, mesh))
     if jax.process_index() > 0:
         pass  # the first process speaks
     elif args.json:

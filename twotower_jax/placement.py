@@ -217,7 +217,7 @@ def place(wish: Placement, config: Config, two_towers: bool, devices: Sequence[j
         raise InputError(
             f"process {min(without)} has none of the towers' devices; give each process some, or start fewer"
         )
-    shards = _shards(wish.mesh, config, len(chosen[0]))
+    shards = shards_of(wish.mesh, config, len(chosen[0]))
     context = Group(chosen[0], config, shards)
     used = {number for group in chosen for number in group}
     idle = tuple(i for i in range(len(devices)) if i not in used) if given == (None, None) else ()
@@ -248,8 +248,12 @@ def _chosen(numbers: Sequence[int], devices: Sequence[jax.Device]) -> dict[int, 
     return {number: devices[number] for number in numbers}
 
 
-def _shards(mesh: Mapping[str, int] | None, config: Config, count: int) -> Shards:
-    """The sizes of a mesh of `count` devices."""
+def shards_of(mesh: Mapping[str, int] | None, config: Config, count: int) -> Shards:
+    """The sizes of a mesh of `count` devices, of which some, or none, are given as `Placement.mesh`.
+
+    Raises:
+      InputError: it is no mesh of so many.
+    """
     if mesh is None:
         return _default_shards(config, count)
     if not isinstance(mesh, Mapping):

@@ -61,13 +61,15 @@ def statuses(jobs):
 
 
 def test_devices_and_processes_are_one(command, home):
-    """One device; eight; two processes of two. The model is the same too, written once."""
+    """One device; eight, otherwise divided too; two processes of two. The model is the same too, written once."""
     subprocess.run(command("one"), check=True, env=devices(1), capture_output=True)
     subprocess.run(command("eight"), check=True, env=devices(8), capture_output=True)
+    mesh = ["--mesh", "data=2,expert=2,tensor=2"]
+    subprocess.run([*command("mesh"), *mesh], check=True, env=devices(8), capture_output=True)
     jobs = together(command("job"))
     assert statuses(jobs) == [0, 0]
     assert len(curve(home / "one")) == 4
-    for name in "eight", "job":
+    for name in "eight", "mesh", "job":
         np.testing.assert_allclose(curve(home / "one"), curve(home / name), rtol=2e-5)
         models = [tt.load(home / folder / "model", dtype="float32").params for folder in ("one", name)]
         assert largest_difference(*models) < 2e-3

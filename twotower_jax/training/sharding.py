@@ -1,64 +1,86 @@
 """Training over several devices and processes: rows and parameters are split, sums are over all."""
 
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
+from twotower_jax import sharding
+from twotower_jax.config import Config
 from twotower_jax.errors import InputError
-
-AXIS = "data"
+from twotower_jax.parameters import Parameter
+from twotower_jax.placement import Group, shards_of
+from twotower_jax.sharding import DATA, MESH_AXES, ROWS, WHOLE
 
 
 class AllDevices:
-    """All devices, of all processes, in one axis.
+    """All devices, of all processes, as one mesh, on which the compiler divides a step.
 
     Attributes:
       local_rows: numbers of the rows of a step that this process's devices hold, ascending.
 
     Args:
       devices: to be used.
+      config: the model's dimensions.
+      mesh: as `Placement` has it; by default all devices are `data`.
       rows: of a step; a part of it must divide evenly.
       parts: that a step is computed in, one after the other.
     """
 
-    def __init__(self, devices: list[jax.Device], rows: int, parts: int):
-        if rows // parts % len(devices):
+    def __init__(
+        self, devices: list[jax.Device], config: Config, mesh: Mapping[str, int] | None, rows: int, parts: int
+    ):
+        group = Group(dict(enumerate(devices)), config, shards_of(mesh or {}, config, len(devices)))
+        if rows // parts % group.row_shards:
+            hint = " (data and expert)" if group.row_shards < len(devices) else ""
             raise InputError(
-                f"{rows // parts} rows a part (data.rows / accumulate) cannot be split over {len(devices)} devices; "
-                f"give a multiple of {len(devices)}"
+                f"{rows // parts} rows a part (data.rows / accumulate) cannot be split over {group.row_shards} "
+                f"devices{hint}; give a multiple of {group.row_shards}"
             )
-        self._mesh = jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+        self._config, self._mesh = config, group.mesh
         self._shape = (parts, rows // parts)
-        self._split = NamedSharding(self._mesh, PartitionSpec(None, AXIS))
+        self._split = NamedSharding(self._mesh, PartitionSpec(None, *ROWS))
         numbers = np.arange(rows).reshape(self._shape)
         held = [numbers[index] for index in self._split.addressable_devices_indices_map(self._shape).values()]
         self.local_rows: np.ndarray = np.unique(np.concatenate([part.ravel() for part in held]))
 
-    def of(self, tree: Any) -> Any:
-        """A sharding for each array: its largest axis that all devices divide, or a copy on each."""
-        count = self._mesh.size
+    def _home(self, p: Parameter) -> NamedSharding:
+        """Divided as a tower's is, where it can be; and over what is left of the mesh, or `data` alone, along the
+        largest axis that this divides.
+        """
+        shape, size = self._config.shape(p.axes), self._mesh.shape
+        wanted = sharding.spec(p)
+        axes = [on if on and n % size[on] == 0 else None for n, on in zip(shape, wanted, strict=True)]
+        left = tuple(name for name in MESH_AXES if name not in axes)
+        for names in (left, (DATA,)):
+            count = math.prod(size[name] for name in names)
+            free = [i for i, n in enumerate(shape) if axes[i] is None and n % count == 0]
+            if free and count > 1:
+                axes[max(free, key=lambda i: shape[i])] = names
+                break
+        return NamedSharding(self._mesh, PartitionSpec(*axes))
 
-        def one(leaf) -> NamedSharding:
-            spec: list[str | None] = [None] * len(leaf.shape)
-            axes = [i for i, size in enumerate(leaf.shape) if size % count == 0 and size >= count]
-            if axes and count > 1:
-                spec[max(axes, key=lambda i: leaf.shape[i])] = AXIS
-            return NamedSharding(self._mesh, PartitionSpec(*spec))
+    def put(self, array: np.ndarray, p: Parameter) -> jax.Array:
+        """A parameter, the same in every process, onto the devices."""
+        return jax.make_array_from_callback(array.shape, self._home(p), lambda index: array[index])
 
-        return jax.tree.map(one, tree)
-
-    def put(self, tree: Any) -> Any:
-        """Arrays, the same in every process, onto the devices."""
-        return jax.tree.map(
-            lambda array, sharding: jax.make_array_from_callback(array.shape, sharding, lambda index: array[index]),
-            tree,
-            self.of(tree),
+    def optimizer_state(self, optimizer: optax.GradientTransformation, trained: Any) -> Any:
+        """As it begins: of each parameter what is like it lies as it does."""
+        homes = optax.tree.map_params(
+            optimizer,
+            lambda _, parameter: parameter.sharding,
+            jax.eval_shape(optimizer.init, trained),
+            trained,
+            transform_non_params=lambda _: NamedSharding(self._mesh, WHOLE),
         )
+        return jax.jit(optimizer.init, out_shardings=homes)(trained)
 
     def rows(self, batch: Any) -> Any:
         """(local rows, ...) in numpy onto the devices, as (parts, rows, ...) with rows split."""

@@ -4,6 +4,7 @@ import contextlib
 import json
 import shutil
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +61,15 @@ class Start:
       eos: the id that ends a document.
       placement: the devices.
 
+    Args:
+      c: the run.
+      mesh: of all devices, as `AllDevices` takes it.
+
     Raises:
       InputError: the model, the data or the devices do not fit the run.
     """
 
-    def __init__(self, c: TrainingConfig):
+    def __init__(self, c: TrainingConfig, mesh: Mapping[str, int] | None = None):
         self._c = c
         folder = sources.locate(c.model)
         has_weights = checkpoint.is_converted(folder) or any(folder.glob("*.safetensors"))
@@ -90,7 +95,7 @@ class Start:
         )
         self.tokenizer_fingerprint = zlib.crc32(self._tokenizer_file.read_bytes())
         self.fingerprint = zlib.crc32(np.ascontiguousarray(self._source.read(("context", "tower", "embeddings"))))
-        self.placement = AllDevices(jax.devices(), c.data.rows, c.accumulate)
+        self.placement = AllDevices(jax.devices(), self.config, mesh, c.data.rows, c.accumulate)
         dtype = inputs.dtype(c.dtype)
         description = two_tower.describe(self.config, c.objective != "ar")
         part = description["context" if c.objective == "ar" else "denoiser"]
@@ -118,7 +123,7 @@ class Start:
         params = {}
         for path, p in flatten(description):
             value = self._source.read((tower, *path)).astype(np.float32 if p.float32 else dtype)
-            params[path] = self.placement.put(value)
+            params[path] = self.placement.put(value, p)
         return unflatten(params)
 
     def trained(self) -> dict:
@@ -131,10 +136,9 @@ class Start:
         if self._source.two_towers:
             return self._read(own, "denoiser", dtype)
         params = self._read({name: own[name] for name in ("tower", "head")}, "context", dtype)
-        time = initialize(
-            time_conditioning.describe(self.config), self.config, jax.random.key(self._c.seed), jnp.dtype(jnp.float32)
-        )
-        return params | {"time": self.placement.put(time)}
+        described = time_conditioning.describe(self.config)
+        time = initialize(described, self.config, jax.random.key(self._c.seed), jnp.dtype(jnp.float32))
+        return params | {"time": jax.tree.map(self.placement.put, jax.device_get(time), described)}
 
     def export(self, trained: dict, folder: Path) -> None:
         """Writes the model as a converted checkpoint, in the dtypes that the source has; an earlier one is replaced.

@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from twotower_jax.checkpoint import TrainingCheckpoints
@@ -37,8 +36,7 @@ def begin(c: TrainingConfig, start: Start, checkpoints: TrainingCheckpoints, ste
     """
     optimizer = make_optimizer(c)
     trained = start.trained()
-    shardings = start.placement.of(jax.eval_shape(optimizer.init, trained))
-    state = State(0, beginning(c.data.rows), trained, jax.jit(optimizer.init, out_shardings=shardings)(trained))
+    state = State(0, beginning(c.data.rows), trained, start.placement.optimizer_state(optimizer, trained))
     step = checkpoints.latest if step is None else step
     if step is None:
         return state
