@@ -1,4 +1,4 @@
-"""Pure decoding rules and the loops that apply them, each jitted as a whole by `model`.
+"""Pure decoding rules, which `engine` applies.
 
 Rules are frozen dataclasses that are pytrees: numbers that a sweep changes are traced, so that no program is compiled
 for each value of a threshold.
