@@ -31,7 +31,7 @@ def test_rows_that_do_not_divide():
     config = golden_of("tiny-0").model.config
     with pytest.raises(tt.InputError, match=r"4 rows a part .* cannot be split over 8 devices; give a multiple of 8"):
         AllDevices(jax.devices(), config, None, 4, 1)
-    with pytest.raises(tt.InputError, match=r"5 rows .* split over 4 devices \(data and expert\); give a multiple of 4"):
+    with pytest.raises(tt.InputError, match=r"5 rows .* over 4 devices \(data and expert\); give a multiple of 4"):
         AllDevices(jax.devices(), config, {"expert": 2, "tensor": 2}, 5, 1)
     with pytest.raises(tt.InputError, match="mesh expert=3 is of 3 devices, but a tower has 8"):
         AllDevices(jax.devices(), config, {"expert": 3}, 16, 1)

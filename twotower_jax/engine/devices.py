@@ -2,7 +2,6 @@
 `Apart` for towers that have devices of their own.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -154,7 +153,12 @@ class Apart:
         if mode == "ar":
             sizes = {"mode": mode, "tokens": TOKENS, "draws": draws}
             there.slots, news = there.run(self._write, self._context, there.slots, self._share_there, **sizes)
-            self._behind.append(functools.partial(self._let_go, there.slots.rows.ticket))
+            ticket = self._towers.move(there.slots.rows.ticket, ROWS, here.group)
+
+            def let_go() -> None:
+                here.slots = here.run(self._release, here.slots, ticket)
+
+            self._behind.append(let_go)
             return [news]
         self._catch_up()
         if mode == "diffusion":
@@ -181,11 +185,6 @@ class Apart:
             here.slots = here.run(self._absorb, here.slots, rows, states)
 
         self._behind.append(absorb)
-
-    def _let_go(self, ticket: jax.Array) -> None:
-        """Of the rows that the context tower wrote alone, those that have ended."""
-        here = self._here
-        here.slots = here.run(self._release, here.slots, self._towers.move(ticket, ROWS, here.group))
 
     def _catch_up(self) -> None:
         while self._behind:
