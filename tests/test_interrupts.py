@@ -1,6 +1,8 @@
 """A signal waits for the end of what must not be cut."""
 
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -52,3 +54,23 @@ def test_other_threads_pass():
     thread.start()
     thread.join()
     assert passed
+
+
+def test_what_does_not_end_is_left():
+    """Soon after the time that was given, whatever the process waits for."""
+    code = """
+import time
+from twotower_jax import interrupts
+interrupts.AT_ONCE = 0.5
+with interrupts.Stop(0.5, "farewell"):
+    print("ready", flush=True)
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        time.sleep(1)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert errors.splitlines()[-1] == "farewell"

@@ -27,33 +27,22 @@ def run(*options):
 
 def test_plan():
     """By the real compiler, or by the CPU's, which is said then."""
-    done = run(
-        str(DATA / "tiny-0"),
-        "--devices",
-        "h100x2",
-        "--rows",
-        "4",
-        "--context",
-        "64",
-        "--max-new-tokens",
-        "32",
-        "--json",
-    )
+    done = run(str(DATA / "tiny-0"), "--devices", "h100x2", "--rows", "4", "--context", "64", "--json")
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)
     stands_in = not (importlib.util.find_spec("jax_cuda13_plugin") or importlib.util.find_spec("jax_cuda12_plugin"))
     assert ("compiled for CPU devices instead" in plan["note"]) == stands_in
     assert ("compiled for CPU devices instead" in done.stderr) == stands_in
-    assert list(plan["programs"]["context"]) == ["prefill", "read"]
-    assert list(plan["programs"]["denoiser"]) == ["receive", "write", "absorb"]
+    assert list(plan["programs"]["context"]) == ["feed_apart", "seat", "read_apart"]
+    assert list(plan["programs"]["denoiser"]) == ["follow", "seat", "denoise", "absorb"]
     assert plan["needed"]["context"] > plan["parameters"]["context"] > 10**5
-    assert "context: prefill, compiled in" in done.stderr
+    assert "context: feed_apart, compiled in" in done.stderr
 
 
 def test_what_does_not_fit():
     """The exit status tells a script so."""
     options = [str(DATA / "tiny-0"), "--devices", "h100x1", "--rows", "1000000", "--context", "2048"]
-    done = run(*options, "--max-new-tokens", "32", "--mode", "ar", "--json")
+    done = run(*options, "--mode", "ar", "--json")
     assert (done.returncode, json.loads(done.stdout)["fits"]) == (1, False), done.stderr
 
 
@@ -61,7 +50,9 @@ def test_what_does_not_fit():
     ("options", "message"),
     [
         ([str(DATA / "tiny-0"), "--devices", "h100x2", "--rows", "0"], "--rows"),
-        ([str(DATA / "tiny-0"), "--devices", "h100x2", "--context", "64"], "--max-new-tokens"),
+        ([str(DATA / "tiny-0"), "--devices", "h100x2", "--context", "8"], "--block-size must be from 1 to 8"),
+        ([str(DATA / "tiny-0"), "--devices", "v5e:32x4"], "v5e has 2 axes of up to 16 chips, as in v5e:4x4"),
+        ([str(DATA / "tiny-0"), "--devices", "v6e:2x2x2"], "v6e has 2 axes of up to 16 chips"),
         ([str(DATA / "tiny-0"), "--devices", "h100x2", "--mesh", "expert=3"], "mesh expert=3 is of 3 devices"),
         (["nowhere", "--devices", "h100x2"], "nowhere does not exist"),
     ],

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Sequence
 
 from twotower_jax import interrupts
@@ -38,22 +39,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not isinstance(error, BrokenPipeError):  # `| head` wants no more
             print(f"twotower: {error}", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered
-        return 1
+        return _leave(1)
     except KeyboardInterrupt:
         print("twotower: interrupted", file=sys.stderr)
         return _leave(130)
-    except RuntimeError as error:
-        if not _of_devices(error):
-            raise
-        print(f"twotower: the devices gave up: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+    except Exception as error:
+        if _of_devices(error):
+            print(f"twotower: the devices gave up: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+            return _leave(1)
+        traceback.print_exc()
         return _leave(1)
 
 
-def _of_devices(error: RuntimeError) -> bool:
+def _of_devices(error: Exception) -> bool:
     """Whether XLA says it: memory that ran out, another process that has ended."""
     import jax
 
-    return isinstance(error, jax.errors.JaxRuntimeError)
+    status = re.match("(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED): ", str(error))
+    return isinstance(error, jax.errors.JaxRuntimeError) or (isinstance(error, ValueError) and status is not None)
 
 
 def _leave(status: int) -> int:
@@ -171,7 +174,7 @@ def _batch(args: argparse.Namespace) -> int:
         if args.json:
             print(json.dumps(dataclasses.asdict(summary)))
     if summary.interrupted:
-        print("twotower: stopped before the end; the same command goes on", file=sys.stderr)
+        print(job.STOPPED, file=sys.stderr)
         return 130
     return 1 if summary.errors else 0
 

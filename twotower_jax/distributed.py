@@ -58,6 +58,8 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
             jax.distributed.initialize(coordinator, processes, process)
     except (RuntimeError, ValueError) as error:
         first = str(error).strip().partition("\n")[0]
+        if coordinator == "auto":
+            raise InputError(f"--coordinator auto finds no launcher that JAX knows ({first}); give HOST:PORT") from None
         raise InputError(f"cannot join the job at {coordinator}: {first}") from None
     if threading.current_thread() is threading.main_thread():
         for number, handler in handlers.items():

@@ -1,6 +1,7 @@
 """Work that a signal must not cut in the middle, or that ends in good order when one comes."""
 
 import contextlib
+import os
 import signal
 import sys
 import threading
@@ -8,6 +9,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+AT_ONCE = 5.0  # seconds after which what does not end is left
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -35,15 +37,18 @@ class Stop:
     """Whether a long job was asked to stop; a second signal stops it at once.
 
     Args:
-      grace: seconds that what is at work has to end.
+      grace: seconds that what is at work has to end; the process ends soon after, whatever it waits for.
+      farewell: what is said then.
       listens: whether signals are heard; otherwise they do what they do.
 
     Attributes:
       asked: whether a signal came.
     """
 
-    def __init__(self, grace: float, listens: bool = True):
+    def __init__(self, grace: float, farewell: str, listens: bool = True):
         self.asked, self._grace, self._until, self._listens = False, grace, 0.0, listens
+        self._end = threading.Timer(grace + AT_ONCE, _end, [farewell])
+        self._end.daemon = True
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Stop":
@@ -55,6 +60,7 @@ class Stop:
         if self.asked:
             raise KeyboardInterrupt
         self.asked, self._until = True, time.monotonic() + self._grace
+        self._end.start()
         print(f"twotower: stopping; rows at work have {self._grace:.0f} s to end", file=sys.stderr)
 
     @property
@@ -63,5 +69,11 @@ class Stop:
         return self.asked and time.monotonic() > self._until
 
     def __exit__(self, *_: Any) -> None:
+        self._end.cancel()
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def _end(farewell: str) -> None:
+    print(farewell, file=sys.stderr, flush=True)
+    os._exit(130)

@@ -75,7 +75,7 @@ def load(model: str | Path, dtype: Any = "bfloat16", placement: Placement | None
         for path, p in tqdm(list(flatten(description)), desc=f"loading {model}", unit="arrays", delay=2, disable=None):
             own = jnp.dtype(jnp.float32) if p.float32 else dtype
             params[path] = towers.of(path[0]).parameter(p, own, functools.partial(folder.read, path))
-    return Model(folder.config, unflatten(params), towers)
+    return Model(folder.config, unflatten(params), towers, sources.identity(folder))
 
 
 class Model:
@@ -86,10 +86,11 @@ class Model:
       params: see `two_tower`.
       towers: the devices that the parameters are on.
       programs: those that are compiled.
+      identity: what tells the model from others; empty if it was not loaded.
     """
 
-    def __init__(self, config: Config, params: dict, towers: Towers | None = None):
-        self.config, self.params = config, params
+    def __init__(self, config: Config, params: dict, towers: Towers | None = None, identity: str = ""):
+        self.config, self.params, self.identity = config, params, identity
         one_device = Placement((0,), (0,) if self.two_towers else None)
         self.towers = towers or place(one_device, config, self.two_towers)
         self.programs = Programs()
@@ -204,21 +205,27 @@ class Model:
         """Runs requests, and gives what they write as it comes: a block, or up to 16 tokens, at a time.
 
         Args:
-          requests: with keys of their own; every row gives what it would give alone (in bfloat16 but for near ties).
+          requests: with keys of their own, all of which are taken and checked first; every row gives what it would give
+            alone (in bfloat16 but for near ties).
           slots: rows that are written at a time; by default as many as fit and pay.
           mask_token_id: the id of `[MASK]`.
 
         Raises:
           InputError: a request is wrong, which its line names; nothing has run then.
         """
+        if isinstance(requests, Request) or not isinstance(requests, Iterable):
+            raise InputError(f"requests are a list of tt.Request, not {short(requests)}")
         checked = []
         for request in requests:
             if not isinstance(request, Request):
                 raise InputError(f"requests are tt.Request, not {short(request)}")
             try:
+                hash(request.key)
                 checked.append(request.checked(self.config.vocab_size, self.two_towers))
             except InputError as error:
                 raise InputError(f"request {short(request.key)}: {error}") from None
+            except TypeError:
+                raise InputError(f"request {short(request.key)}: a key must be hashable") from None
         if len({request.key for request in checked}) < len(checked):
             raise InputError("two requests have the same key")
         slots = None if slots is None else inputs.whole("slots", slots, 1, 2**20)

@@ -266,7 +266,7 @@ def shards_of(mesh: Mapping[str, int] | None, config: Config, count: int) -> Sha
     product = math.prod(mesh.values())
     if count % product or (DATA in mesh and product != count):
         asked = ",".join(f"{axis}={size}" for axis, size in mesh.items())
-        raise InputError(f"mesh {asked} is of {product} devices, but a tower has {count}")
+        raise InputError(f"mesh {asked} is of {product} devices, not of {count}")
     return Shards(**{DATA: count // product, **mesh})
 
 

@@ -128,7 +128,7 @@ class _Compiler:
 
     def _analysed(self, lowered: jax.stages.Lowered, group: Group, home: str, name: str) -> Compiled:
         found, c = analysis(lowered, self._compilers), group.config
-        self._say(f"{home}: {name}, compiled in {found.seconds:.0f} s{', by an earlier run' if found.kept else ''}")
+        self._say(f"{home}: {name}, compiled in {found.seconds:.0f} s{', before' if found.kept else ''}")
         return Compiled(
             arguments=found.arguments,
             outputs=found.outputs,

@@ -48,7 +48,7 @@ def make(
             f"{config} is of a backbone, which has no denoiser; give --mode ar, or two towers' config.json"
         )
     context = inputs.whole("--context", context, 2, 2**24)
-    block_size = inputs.whole("--block-size", block_size, 1, 2**24)
+    block_size = inputs.whole("--block-size", block_size, 1, context)
     rows = inputs.whole("--rows", rows, 1, 2**20)
     numbers = inputs.dtype(dtype)
     found = target(devices)

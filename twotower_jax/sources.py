@@ -107,8 +107,13 @@ def open_folder(folder: Path):
 
 
 def fingerprint(folder: Any) -> str:
-    """Of an open model folder: its configuration, the sizes of its files, and the values of its least parameters."""
+    """Of an open model folder: of its `identity`, and the sizes of its files."""
     files = sorted((file.name, file.stat().st_size) for file in folder.folder.iterdir() if file.is_file())
+    return json.dumps([identity(folder), files])
+
+
+def identity(folder: Any) -> str:
+    """Of the model in an open folder, in any layout: its configuration, and the values of its least parameters."""
     norms = [folder.read((tower, "tower", "norm_f")) for tower in two_tower.describe(folder.config, folder.two_towers)]
     values = [zlib.crc32(np.ascontiguousarray(norm).view(np.uint8)) for norm in norms]
-    return json.dumps([folder.raw_config, files, values], sort_keys=True)
+    return json.dumps([folder.raw_config, values], sort_keys=True)

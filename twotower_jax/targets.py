@@ -18,6 +18,7 @@ from twotower_jax.errors import InputError
 
 GIB = 2**30
 TPU_MEMORY = {"v4": 32 * GIB, "v5e": 16 * GIB, "v5p": 95 * GIB, "v6e": 32 * GIB}
+TPU_SHAPES = {"v4": (3, 16), "v5e": (2, 16), "v5p": (3, 28), "v6e": (2, 16)}  # axes, and chips along each, at most
 GPUS = {
     "h100": {"name": "NVIDIA H100 80GB HBM3", "bandwidth": 3_350_000_000_000, "memory": 85_000_000_000},
     "h200": {"name": "NVIDIA H200", "bandwidth": 4_800_000_000_000, "memory": 149_000_000_000},
@@ -65,7 +66,7 @@ def target(text: str) -> Target:
     if tpu and tpu[1] in TPU_MEMORY:
         return _tpus(text, tpu[1], tpu[2])
     kinds = [f"{kind}xN" for kind in GPUS] + [f"{kind}:NxN" for kind in TPU_MEMORY]
-    raise InputError(f"--devices {text}: known are {', '.join(kinds)}, such as h100x2 or v5e:4x4")
+    raise InputError(f"--devices {text}: known are {', '.join(kinds)}, N from 1, such as h100x2 or v5e:4x4")
 
 
 def _gpus(kind: str, count: int) -> Target:
@@ -82,6 +83,11 @@ def _gpus(kind: str, count: int) -> Target:
 def _tpus(text: str, kind: str, shape: str) -> Target:
     sizes = [int(size) for size in shape.split("x")]
     count = math.prod(sizes)
+    axes, most = TPU_SHAPES[kind]
+    if len(sizes) > axes or max(sizes) > most:  # libtpu would end the process
+        raise InputError(
+            f"--devices {text}: {kind} has {axes} axes of up to {most} chips, as in {kind}:{'x'.join('4' * axes)}"
+        )
     if not importlib.util.find_spec("libtpu"):
         return _stand_ins(count, TPU_MEMORY[kind], 'libtpu is not installed (pip install ".[tpu]")')
     for name, value in {

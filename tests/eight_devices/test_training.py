@@ -33,6 +33,6 @@ def test_rows_that_do_not_divide():
         AllDevices(jax.devices(), config, None, 4, 1)
     with pytest.raises(tt.InputError, match=r"5 rows .* over 4 devices \(data and expert\); give a multiple of 4"):
         AllDevices(jax.devices(), config, {"expert": 2, "tensor": 2}, 5, 1)
-    with pytest.raises(tt.InputError, match="mesh expert=3 is of 3 devices, but a tower has 8"):
+    with pytest.raises(tt.InputError, match="mesh expert=3 is of 3 devices, not of 8"):
         AllDevices(jax.devices(), config, {"expert": 3}, 16, 1)
     assert math.prod(AllDevices(jax.devices(), config, {"data": 2, "tensor": 4}, 6, 1).local_rows.shape) == 6

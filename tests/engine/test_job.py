@@ -30,7 +30,7 @@ BAD = {
     b"x" * 10_000_000: f"it has more than {LONGEST} bytes",
     json.dumps({"method": "POST", "url": URL, "body": P}).encode(): "custom_id must be a string",
     json.dumps({"custom_id": "r1u", "url": "/v1/chat/completions", "body": P}).encode(): "url must be",
-    wrapped(1000, P | {"max_tokens": -1}): "max_new_tokens must be from 0 to",
+    wrapped(1000, P | {"max_tokens": -1}): "max_tokens must be from 0 to",
     wrapped(1001, P | {"max_tokenz": 1}): "unknown key 'max_tokenz'; known are best_of, block_size",
     wrapped(1002, P | {"prompt": [5] * 1000}): "the prompt's 1000 tokens and 3 new ones are too long",
     wrapped(1017, P | {"block_size": 65537}): "block_size must be from 1 to 65536",
@@ -127,8 +127,12 @@ def test_another_file(tmp_path):
     target = tmp_path / "out.jsonl"
     run(write(tmp_path / "in.jsonl", [good(1)]), target)
     before = target.read_bytes()
-    with pytest.raises(tt.InputError, match="answers another line 1 than there is now"):
+    with pytest.raises(tt.InputError, match="has the answer to another line 1, or by another model"):
         run(write(tmp_path / "other.jsonl", [good(2)]), target)
+    with pytest.raises(tt.InputError, match="with other options; give the same again, or another file"):
+        run(tmp_path / "in.jsonl", target, defaults={"max_new_tokens": 5})
+    (tmp_path / "in.jsonl").write_bytes(good(1) + b"\r\n")  # the same line
+    assert run(tmp_path / "in.jsonl", target).done_before == 1
     assert target.read_bytes() == before
     target.write_text("a diary\n")
     with pytest.raises(tt.InputError, match="line 1 is no result of this command"):
@@ -136,7 +140,7 @@ def test_another_file(tmp_path):
     assert target.read_text() == "a diary\n"
     with pytest.raises(tt.InputError, match=r"cannot read .*: No such file"):
         run(tmp_path / "nowhere", tmp_path / "new")
-    with pytest.raises(tt.InputError, match=r"cannot write .*: Is a directory"):
+    with pytest.raises(tt.InputError, match=r"cannot write .*: it is no file"):
         run(tmp_path / "in.jsonl", tmp_path)
 
 
@@ -156,6 +160,8 @@ def test_long_requests_and_blocks_apart():
     for i, wish in enumerate(wishes[:3]):
         plenty.add(i, Request(i, **({"prompt": [5], "max_new_tokens": 20} | wish)).checked(128, True))
     assert [c.count for c in plenty.found()] == [3]
+    plenty.add(3, Request(3, [5], "ar", max_new_tokens=200_000).checked(128, True))  # its attention, not its memory
+    assert [c.count for c in plenty.found()] == [3, 1]
 
 
 def test_shards_are_the_whole(tmp_path):

@@ -15,7 +15,7 @@ import numpy as np
 import twotower_jax as tt
 from twotower_jax import sources
 from twotower_jax.engine.files import Lines, Results, inputs_below, opened
-from twotower_jax.engine.job import GRACE, Job, Options, Summary, of_shard, survey
+from twotower_jax.engine.job import GRACE, STOPPED, Job, Options, Summary, of_shard, survey
 from twotower_jax.engine.lines import Reader
 from twotower_jax.errors import InputError
 from twotower_jax.interrupts import Stop
@@ -69,7 +69,8 @@ class Answers:
         columns = [batch[name].tolist() for name in ("number", "raw", "checksum")]
         kept = _Kept()
         lines: Lines = lambda: zip(*columns, strict=True)  # noqa: E731
-        Job(self._model, self._tokenizer, lines, kept, self._options, self._name, Stop(GRACE)).run()
+        stop = Stop(GRACE, STOPPED, listens=False)
+        Job(self._model, self._tokenizer, lines, kept, self._options, self._name, stop).run()
         return {"result": kept.lines}
 
 
@@ -107,7 +108,13 @@ def run(
     config, backbone = sources.config_alone(folder)
     eos = config.eos_token_ids if options.eos is None else options.eos
     reader = Reader(
-        load_tokenizer(folder), config.vocab_size, not backbone, eos, options.defaults, lambda block: options.positions
+        load_tokenizer(folder),
+        config.vocab_size,
+        not backbone,
+        eos,
+        options.defaults,
+        lambda block: options.positions,
+        f"{sources.identity(sources.open_folder(folder))} {dtype}",
     )
     ray.init(ignore_reinit_error=True, log_to_driver=False)
     if gpus is None:
@@ -120,7 +127,7 @@ def run(
         "placement": placement,
     }
     actor = {"compute": ray.data.ActorPoolStrategy(size=actors), "num_gpus": gpus}
-    with Stop(GRACE) as stop:
+    with Stop(GRACE, STOPPED) as stop:
         for file, out in _files(source, target):
             with opened(file) as lines, Results(out) as results:
                 left = survey(of_shard(lines(), options.shard), reader, results, summary, stop)

@@ -110,6 +110,9 @@ class Results:
 
     def _open(self, writes: bool) -> None:
         path = Path(self._target)
+        if path.exists() and not path.is_file():
+            raise InputError(f"cannot write {self._target or 'to an empty name'}: it is no file")
+        self._made = writes and not path.exists()
         try:
             if writes:
                 self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
@@ -120,8 +123,10 @@ class Results:
         except OSError as error:
             raise InputError(f"cannot write {self._target}: {error.strerror}") from None
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, kind: type | None, *_: Any) -> None:
         if self._target != STANDARD and self._file is not None:
+            if kind is not None and self._made and os.fstat(self._file).st_size == 0:
+                os.unlink(self._target)  # nothing was done
             os.close(self._file)
 
     def has(self, number: int, checksum: int) -> bool:
@@ -132,7 +137,8 @@ class Results:
         """
         if number in self._done and self._done[number] != f"{checksum:08x}":
             raise InputError(
-                f"{self._target} answers another line {number} than there is now; give the same input, or another file"
+                f"{self._target} has the answer to another line {number}, or by another model, or with other options; "
+                "give the same again, or another file"
             )
         return number in self._done
 
@@ -150,6 +156,5 @@ class Results:
         except OSError as error:
             if not standard:
                 os.ftruncate(self._file, end)
-            raise InputError(
-                f"cannot write {self._target}: {error.strerror}; what is written stays, and the same command goes on"
-            ) from None
+            goes_on = "" if standard else "; what is written stays, and the same command goes on"
+            raise InputError(f"cannot write {self._target}: {error.strerror}{goes_on}") from None

@@ -22,7 +22,9 @@ from twotower_jax.interrupts import Stop
 from twotower_jax.model import Model
 
 POSITIONS = 2**18  # of a request at most: what the released model was trained for
-GRACE = 30.0  # seconds that rows have to end when the job is asked to stop
+GRACE = 20.0  # seconds that rows have to end when the job is asked to stop
+STOPPED = "twotower: stopped before the end; the same command goes on"
+LONG = 4096  # positions, up to which rows of all lengths share slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Summary:
       tokens_per_forward: tokens by denoiser passes; None if there were none.
       latency: seconds from when a line is taken to when it is answered, without compilation: quantiles by name.
       slots: rows at a time.
-      slot_use: share of slots that had a row while requests waited.
+      slot_use: share of slots that had a row while requests waited; None if none ever did.
       interrupted: whether it was asked to stop.
     """
 
@@ -80,7 +82,7 @@ class Summary:
     tokens_per_forward: float | None = None
     latency: dict[str, float] = dataclasses.field(default_factory=dict)
     slots: int = 0
-    slot_use: float = 0.0
+    slot_use: float | None = None
     interrupted: bool = False
 
     def finish(self, latencies: list[float]) -> None:
@@ -95,7 +97,8 @@ class Summary:
         rate = "" if self.tokens_per_forward is None else f", {self.tokens_per_forward:.2f} tokens per denoiser forward"
         waits = "".join(f", {name} {seconds:.2f} s" for name, seconds in self.latency.items())
         latency = f"; latency{waits[1:]}" if waits else ""
-        slots = f"; {self.slots} slots, {self.slot_use:.0%} of them in use" if self.slots else ""
+        use = "" if self.slot_use is None else f", {self.slot_use:.0%} of them in use"
+        slots = f"; {self.slots} slots{use}" if self.slots else ""
         before = f", {self.done_before} were done before" if self.done_before else ""
         return (
             f"{self.results} results and {self.errors} errors of {self.lines} lines{before}\n"
@@ -125,7 +128,7 @@ def run(
       InputError: a file cannot be read or written, or holds something else; what is written stays, and counts.
     """
     alone = not distributed.joined()  # processes that heard a signal at different times would go apart
-    with opened(source) as lines, Results(target) as results, Stop(GRACE, listens=alone) as stop:
+    with opened(source) as lines, Results(target) as results, Stop(GRACE, STOPPED, listens=alone) as stop:
         return Job(model, tokenizer, lines, results, options, name, stop).run()
 
 
@@ -148,7 +151,7 @@ def survey(
         if line.custom_id is not None and first.setdefault(line.custom_id, number) != number:
             why = f"custom_id {line.custom_id!r} is line {first[line.custom_id]}'s already"
             line = dataclasses.replace(line, ask=None, error=why)
-        if results.has(number, checksum):
+        if results.has(number, reader.checksum(checksum)):
             summary.done_before += 1
         elif line.ask is None:
             summary.errors += 1
@@ -184,7 +187,13 @@ class Job:
             return min(options.positions, sizes.longest(model.towers, self._dtype, block, options.memory))
 
         self._reader = Reader(
-            tokenizer, model.config.vocab_size, model.two_towers, self._eos, options.defaults, possible
+            tokenizer,
+            model.config.vocab_size,
+            model.two_towers,
+            self._eos,
+            options.defaults,
+            possible,
+            f"{model.identity} {self._dtype.name}",
         )
         self.summary = Summary()
         self._latencies: list[float] = []
@@ -301,13 +310,15 @@ class _Classes:
 
     def found(self) -> list[_Class]:
         """All classes, the shortest first. Lengths are of one class if as many slots fit for the longest as for the
-        shortest.
+        shortest, and it is not much longer: all rows of a class pay for the attention of the longest.
         """
         counts = collections.Counter(self._kind.values())
         groups: list[tuple[list[tuple[int, int]], int]] = []  # kinds, slots
         for kind in sorted(counts, reverse=True):
             slots = self._slots(kind)
-            if groups and groups[-1][0][0][0] == kind[0] and slots <= groups[-1][1]:
+            longest = groups[-1][0][0] if groups else (0, 0)
+            alike = longest[0] == kind[0] and (1 << longest[1] <= LONG or longest[1] - kind[1] < 3)
+            if alike and slots <= groups[-1][1]:
                 groups[-1][0].append(kind)
             else:
                 groups.append(([kind], slots))

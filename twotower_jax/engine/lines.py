@@ -40,6 +40,9 @@ ONLY = {  # understood, but with one value alone
     "echo": False,
     "presence_penalty": 0,
     "frequency_penalty": 0,
+    "suffix": None,
+    "logit_bias": None,
+    "stream_options": None,
 }
 STOPS = 16  # strings that may end a row
 
@@ -85,10 +88,11 @@ def raw_lines(file: BinaryIO) -> Iterator[tuple[int, bytes, int]]:
     number = 0
     while first := file.readline(LONGEST + 1):
         number += 1
-        checksum, last = zlib.crc32(first), first
+        last, line = first, first.removesuffix(b"\n").removesuffix(b"\r")
+        checksum = zlib.crc32(line)  # with any end of line, or none
         while not last.endswith(b"\n") and (last := file.readline(LONGEST)):
             checksum = zlib.crc32(last, checksum)
-        yield number, first.removesuffix(b"\n").removesuffix(b"\r"), checksum
+        yield number, line, checksum
 
 
 class Reader:
@@ -101,6 +105,7 @@ class Reader:
       eos: ids that end a row unless its line says `ignore_eos`.
       defaults: fields of `Request` for lines that do not say.
       possible: how many positions a request can have whose block is of a size; 0 if there can be none.
+      model: what tells it from other models.
     """
 
     def __init__(
@@ -111,26 +116,33 @@ class Reader:
         eos: Sequence[int],
         defaults: dict[str, Any],
         possible: Callable[[int], int],
+        model: str,
     ):
         self._tokenizer, self._vocab_size, self._two_towers = tokenizer, vocab_size, two_towers
         self._eos, self._defaults, self._possible = list(eos), defaults, possible
+        unsaid = {"mode": Request.mode, "max_new_tokens": Request.max_new_tokens} | defaults
+        self._salt = zlib.crc32(json.dumps([model, self._eos, sorted(unsaid.items())]).encode())
+
+    def checksum(self, of_line: int) -> int:
+        """Of all that an answer depends on: the line, of which the checksum is given, the model and the defaults."""
+        return zlib.crc32(of_line.to_bytes(4), self._salt)
 
     def line(self, number: int, raw: bytes, checksum: int) -> Line:
         """What a line asks for, or what is wrong with it."""
-        custom_id, name = None, f"line-{number}-{checksum:08x}"
+        custom_id, name = None, f"line-{number}-{self.checksum(checksum):08x}"
         try:
             outer = _parsed(raw)
             custom_id = _custom_id(outer, number)
             return Line(number, name, custom_id, self._ask(number, custom_id, _body(outer)), None)
         except InputError as error:
-            return Line(number, name, custom_id, None, str(error))
+            return Line(number, name, _id_of(raw) if custom_id is None else custom_id, None, _as_written(str(error)))
 
     def _ask(self, number: int, custom_id: str, body: dict[str, Any]) -> Ask:
         known = {*NUMBERS, *OTHERS, *ONLY}
         for key, value in body.items():
             if key not in known:
                 raise InputError(f"unknown key {short(key)}; known are {', '.join(sorted(known))}")
-            if key in ONLY and value not in (None, ONLY[key]):
+            if key in ONLY and value is not None and json.dumps(value) != json.dumps(ONLY[key]):
                 raise InputError(f"{key} {short(value)} is not supported; only {json.dumps(ONLY[key])} is")
         given = {key: value for key, value in body.items() if value is not None}  # null is what is not said
         for key in ("model", "user"):
@@ -185,6 +197,23 @@ class Reader:
         if stops and self._tokenizer is None:
             raise InputError("the model has no tokenizer.json, so stop cannot be found; give stop_token_ids")
         return tuple(stops)
+
+
+def _as_written(message: str) -> str:
+    """With the names that a line has for the fields of `Request`."""
+    message = message.replace("max_new_tokens", "max_tokens")
+    return message.replace("eos_token_id", "stop_token_ids, with the model's own,")
+
+
+def _id_of(raw: bytes) -> str | None:
+    """The custom_id of a line that is wrong otherwise, if it can be read."""
+    try:
+        found = json.loads(raw[: LONGEST + 1])
+        custom_id = found["custom_id"]
+        custom_id.encode()
+        return custom_id or None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

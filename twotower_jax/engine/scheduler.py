@@ -65,9 +65,9 @@ class Use:
     occupied: int = 0
 
     @property
-    def share(self) -> float:
-        """Of the slots that had a row, until no request was waiting."""
-        return self.occupied / self.places if self.places else 0.0
+    def share(self) -> float | None:
+        """Of the slots that had a row, until no request was waiting; None if none ever was."""
+        return self.occupied / self.places if self.places else None
 
 
 @dataclasses.dataclass(eq=False)
