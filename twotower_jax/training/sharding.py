@@ -19,6 +19,11 @@ from twotower_jax.parameters import Parameter
 from twotower_jax.placement import Group, shards_of
 from twotower_jax.sharding import DATA, MESH_AXES, ROWS, WHOLE
 
+# What a device holds of a fused projection is no piece of it, so the compiler would gather it to cut it.
+RULES = {axis: on for axis, on in sharding.RULES.items() if axis not in ("mamba_in", "conv_channels")}
+
+LAST = {"hidden": 1, "modulation_hidden": 2}  # axes that activations would follow
+
 
 class AllDevices:
     """All devices, of all processes, as one mesh, on which the compiler divides a step.
@@ -53,17 +58,17 @@ class AllDevices:
 
     def _home(self, p: Parameter) -> NamedSharding:
         """Divided as a tower's is, where it can be; and over what is left of the mesh, or `data` alone, along the
-        largest axis that this divides.
+        largest axis that this divides, of `LAST` only if there is no other.
         """
         shape, size = self._config.shape(p.axes), self._mesh.shape
-        wanted = sharding.spec(p)
-        axes = [on if on and n % size[on] == 0 else None for n, on in zip(shape, wanted, strict=True)]
-        left = tuple(name for name in MESH_AXES if name not in axes)
-        for names in (left, (DATA,)):
-            count = math.prod(size[name] for name in names)
-            free = [i for i, n in enumerate(shape) if axes[i] is None and n % count == 0]
-            if free and count > 1:
-                axes[max(free, key=lambda i: shape[i])] = names
+        wanted = sharding.spec(p, RULES)
+        axes = [(on,) if on and n % size[on] == 0 else () for n, on in zip(shape, wanted, strict=True)]
+        used = {on for names in axes for on in names}
+        left = tuple(name for name in MESH_AXES if name not in used)
+        for more in (left, (DATA,)):
+            free = [i for i, n in enumerate(shape) if n % math.prod(size[name] for name in (*axes[i], *more)) == 0]
+            if free and math.prod(size[name] for name in more) > 1:
+                axes[max(free, key=lambda i: (-LAST.get(p.axes[i], 0), shape[i]))] += more
                 break
         return NamedSharding(self._mesh, PartitionSpec(*axes))
 
