@@ -64,14 +64,16 @@ class Answers:
           batch: "number", "raw" (bytes) and "checksum" of each line, as `lines.raw_lines` gives them.
 
         Returns:
-          "result": a line for each, in any order.
+          "result": a line for each, in any order; and "compile_seconds", which are to be added.
         """
+        compiled = self._model.programs.compile_seconds
         columns = [batch[name].tolist() for name in ("number", "raw", "checksum")]
         kept = _Kept()
         lines: Lines = lambda: zip(*columns, strict=True)  # noqa: E731
         stop = Stop(GRACE, STOPPED, listens=False)
         Job(self._model, self._tokenizer, lines, kept, self._options, self._name, stop).run()
-        return {"result": kept.lines}
+        compiled = self._model.programs.compile_seconds - compiled
+        return {"result": kept.lines, "compile_seconds": [compiled, *[0.0] * (len(kept.lines) - 1)]}
 
 
 def run(
@@ -119,7 +121,7 @@ def run(
     ray.init(ignore_reinit_error=True, log_to_driver=False)
     if gpus is None:
         gpus = 1 if ray.cluster_resources().get("GPU") else 0
-    summary, start = Summary(), time.perf_counter()
+    summary, start, compiled = Summary(), time.perf_counter(), []
     made = {
         "model": model,
         "dtype": dtype,
@@ -135,10 +137,12 @@ def run(
                 if items and not stop.asked:
                     data = ray.data.from_items(items, override_num_blocks=-(-len(items) // PIECE))
                     answered = data.map_batches(Answers, fn_constructor_kwargs=made, batch_size=PIECE, **actor)
-                    for line in _lines(answered, stop):
+                    for line in _lines(answered, stop, compiled):
                         results.write(line)
                         _count(summary, json.loads(line))
-    summary.seconds, summary.interrupted = time.perf_counter() - start, stop.asked
+    summary.compile_seconds = sum(compiled) / actors  # which compile at the same time
+    summary.seconds = time.perf_counter() - start - summary.compile_seconds
+    summary.interrupted = stop.asked
     summary.finish([])
     return summary
 
@@ -156,8 +160,10 @@ def _count(summary: Summary, answer: dict[str, Any]) -> None:
     summary.context_forwards += usage["context_forwards"]
 
 
-def _lines(answered: Any, stop: Stop) -> Iterator[bytes]:
+def _lines(answered: Any, stop: Stop, compiled: list[float]) -> Iterator[bytes]:
+    """Results; the seconds of compilation go to a list."""
     for batch in answered.iter_batches(batch_size=None):
+        compiled += batch["compile_seconds"].tolist()
         yield from batch["result"].tolist()
         if stop.asked:  # pieces that are not whole are done again
             return
