@@ -4,7 +4,8 @@
 
 Outputs of 8 to 512 tokens, none of which ends early. A lock-step batch is the same programs with every row begun
 together, every block waited for, and no slot filled again before the longest row is done. Compilation is not timed.
-Writes `results/batching-DEVICE.json`.
+With --apart the towers have devices 0 and 1, which share the machine's cores where
+XLA_FLAGS=--xla_force_host_platform_device_count=2. Writes `results/batching[-apart]-DEVICE.json`.
 """
 
 import argparse
@@ -61,8 +62,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--share", type=float, nargs="+", default=[0.05, 0.25, 0.5, 1.0])
+    parser.add_argument("--apart", action="store_true")
     args = parser.parse_args()
-    model = tt.load(args.model, dtype=args.dtype, placement=tt.Placement([0], [0]))
+    model = tt.load(args.model, dtype=args.dtype, placement=tt.Placement([0], [int(args.apart)]))
     wanted = requests(model, args.prompts)
     count = sum(r.max_new_tokens for r in wanted)
     in_lock_step(model, wanted[: args.rows], args.rows)
@@ -82,7 +84,7 @@ def main() -> None:
         print(f"engine, share {share}: {result['engine'][share]}", flush=True)
     device = jax.devices()[0].device_kind.replace(" ", "-")
     about = {"model": args.model, "dtype": args.dtype, "rows": args.rows, "prompts": args.prompts, "tokens": count}
-    file = harness.RESULTS / f"batching-{device}.json"
+    file = harness.RESULTS / f"batching{'-apart' * args.apart}-{device}.json"
     file.write_text(json.dumps(harness.about() | about | result, indent=1) + "\n")
 
 
