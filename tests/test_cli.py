@@ -104,6 +104,12 @@ BAD = [
 ]
 
 
+def test_what_the_devices_say():
+    """Gloo speaks of a process that has ended in a ValueError; others are faults of ours."""
+    assert cli._of_devices(ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer"))
+    assert not cli._of_devices(ValueError("not enough values to unpack"))
+
+
 @pytest.mark.parametrize(("arguments", "message"), BAD, ids=lambda value: str(value)[-40:])
 def test_bad_input(capsys, arguments, message):
     status, out, err = run(capsys, "generate", *arguments)

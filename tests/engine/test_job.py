@@ -39,6 +39,7 @@ BAD = {
     wrapped(1004, P | {"prompt": {"a": 1}}): "prompt must be text or a list of token ids",
     wrapped(1005, P | {"temperature": float("nan")}): "NaN is no number of JSON",
     wrapped(1006, P | {"n": 2}): "n 2 is not supported; only 1 is",
+    wrapped(1019, P | {"n": True}): "n True is not supported; only 1 is",
     wrapped(1007, {"prompt": None}): "there is no prompt",
     wrapped(1008, P | {"prompt": "text"}): "the model has no tokenizer.json, so a prompt must be a list of token ids",
     wrapped(1009, P | {"prompt": [[5], [6]]}): "prompt must be one prompt",
@@ -86,6 +87,8 @@ def test_bad_lines(tmp_path):
             assert r["response"] is None
             assert r["error"]["line"] == number
             assert r["error"]["message"].startswith(f"line {number}: {reasons[i - 800]}")
+            if reasons[i - 800].startswith("NaN"):  # of which the rest can be read
+                assert r["custom_id"] == json.loads(lines[i])["custom_id"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
 
 
@@ -295,4 +298,5 @@ def test_bad_options(tmp_path, options, message):
     done = subprocess.run(command(source, tmp_path / "out", *options), capture_output=True, text=True)
     assert done.returncode == 2
     assert message in done.stderr
+    assert not (tmp_path / "out").exists()
     assert "Traceback" not in done.stderr

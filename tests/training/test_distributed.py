@@ -95,6 +95,13 @@ def test_processes_stop_and_go_on_as_one(command, home):
     assert len(curve(home / "stopped")) == 60
 
 
+def test_bad_mesh(command):
+    """The command's mesh is the run's."""
+    done = subprocess.run([*command("bad"), "--mesh", "expert=3"], env=devices(2), capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "mesh expert=3 is of 3 devices, not of 2" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
