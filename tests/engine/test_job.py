@@ -159,7 +159,7 @@ def test_long_requests_and_blocks_apart():
     assert [classes.of(i) for i in range(6)] == [found[0], found[0], found[1], found[2], found[0], None]
     assert found[0].slots > found[1].slots
     assert found[1].longest == 3_019
-    plenty = job._Classes(model, np.dtype(np.float32), job.Options(memory=10**9))
+    plenty = job._Classes(model, np.dtype(np.float32), job.Options(memory=10**13))
     for i, wish in enumerate(wishes[:3]):
         plenty.add(i, Request(i, **({"prompt": [5], "max_new_tokens": 20} | wish)).checked(128, True))
     assert [c.count for c in plenty.found()] == [3]
