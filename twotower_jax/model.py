@@ -152,6 +152,37 @@ class Model:
         asked = {"mode": "ar", "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k}
         return self._generate(prompts, rows, asked | {"top_p": top_p, "eos_token_id": eos_token_id, "seed": seed})
 
+    def generate_verified(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int = 128,
+        block_size: int = 16,
+        draft_passes: int = 2,
+        confidence_threshold: float = 0.8,
+        accept_probability: float | None = None,
+        mask_token_id: int = 3,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        seed: int = 0,
+        rows: Sequence[int] | None = None,
+    ) -> Generation:
+        """What `generate_ar` writes, in blocks that the denoiser drafts and the context tower verifies in one pass.
+
+        The other arguments are those of `generate_mask_diffusion` and `generate_ar`.
+
+        Args:
+          draft_passes: most denoiser passes a block; fewer where all predictions are above the threshold.
+          accept_probability: drafts that AR gives at least this probability are accepted too, so that the text is not
+            AR's own any more; None for no others.
+        """
+        self._need_denoiser("generate_verified")
+        asked = {"mode": "verified", "max_new_tokens": max_new_tokens, "block_size": block_size}
+        asked |= {"draft_passes": draft_passes, "confidence_threshold": confidence_threshold}
+        asked |= {"accept_probability": accept_probability, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        return self._generate(prompts, rows, asked | {"eos_token_id": eos_token_id, "seed": seed}, mask_token_id)
+
     def generate_mock_ar(
         self,
         prompts: Sequence[Sequence[int]],

@@ -30,7 +30,7 @@ class Wish:
     """An engine.
 
     Attributes:
-      mode: `diffusion`, `ar` or `mock-ar`.
+      mode: one of `MODES`.
       rows: that are written at a time.
       context: positions of a row.
       block_size: S.
@@ -188,7 +188,8 @@ def plan(
         needed[home] = weights[home] + states[home] + passing
     moved = {}
     if towers.split:
-        came = [compiler.outputs[name] for name in ("feed_apart", "read_apart") if name in compiler.outputs]
+        telling = ("feed_apart", "read_apart", "verify_apart")
+        came = [compiler.outputs[name] for name in telling if name in compiler.outputs]
         needed["denoiser"] += lanes * sum(_bytes(news[1:]) for news in came)
         needed["context"] += lanes * sum(_bytes(news[1:]) for news in came)
         if "read_apart" in compiler.outputs:

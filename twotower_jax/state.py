@@ -26,9 +26,26 @@ class KVCache:
     value: jax.Array
 
 
+@struct.dataclass
+class MambaTrace:
+    """What a pass over L positions leaves of a Mamba layer, from which the state after any number of them is made.
+
+    Attributes:
+      inputs: (B, K - 1 + L, C), the convolution's raw inputs, from the tail before on.
+      weighted: (B, L, H, P) float32, dt x.
+      decay: (B, L, H) float32, dt a.
+      b: (B, L, G, N) float32.
+    """
+
+    inputs: jax.Array
+    weighted: jax.Array
+    decay: jax.Array
+    b: jax.Array
+
+
 ExpertLoad = jax.Array  # (E,) int32: how often each expert was chosen, from passes with `Span.count_experts`
 
-LayerState = MambaState | KVCache | ExpertLoad | None
+LayerState = MambaState | MambaTrace | KVCache | ExpertLoad | None
 
 
 @struct.dataclass
@@ -76,6 +93,7 @@ class Span:
       first: (B,) int32, the first cached position that a row sees; None means 0.
       packing: set in a pass over packed documents, which starts from the empty state; `count` is not used then.
       count_experts: the experts' layers return their load as their state.
+      trace: Mamba layers return a `MambaTrace`.
     """
 
     start: jax.Array
@@ -84,6 +102,7 @@ class Span:
     first: jax.Array | None = None
     packing: Packing | None = None
     count_experts: bool = struct.field(pytree_node=False, default=False)
+    trace: bool = struct.field(pytree_node=False, default=False)
 
     def real(self, length: int) -> jax.Array:
         """(B, length) bool: which of the new positions hold a token."""

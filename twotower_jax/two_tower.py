@@ -9,11 +9,11 @@ import jax.numpy as jnp
 
 from twotower_jax import tower
 from twotower_jax.config import Config
-from twotower_jax.layers import attention, time_conditioning
+from twotower_jax.layers import attention, mamba, time_conditioning
 from twotower_jax.layers.linear import einsum
 from twotower_jax.layers.time_conditioning import TimeConditioning
 from twotower_jax.parameters import linear, normal, prefixed
-from twotower_jax.state import KVCache, MambaState, Packing, Span, TowerState, empty_state
+from twotower_jax.state import KVCache, MambaState, MambaTrace, Packing, Span, TowerState, empty_state
 from twotower_jax.tower import Tower
 
 PREFILL_TOKENS = 1024  # of all rows, that one pass of the context tower reads: longer prompts need no more memory
@@ -65,6 +65,29 @@ def extend(
     with jax.named_scope("context_tower"):
         span = Span(start=state.length, count=count, first=state.first)
         return Tower(config).apply({"params": params["context"]["tower"]}, tokens, state, span)
+
+
+def probe(
+    config: Config, params: dict, state: TowerState, tokens: jax.Array, count: jax.Array
+) -> tuple[jax.Array, TowerState]:
+    """`extend`, for `settle` to decide afterwards how many of the tokens were read.
+
+    Returns:
+      hidden states (B, L, D), and what `settle` needs.
+    """
+    with jax.named_scope("context_tower"):
+        span = Span(start=state.length, count=count, first=state.first, trace=True)
+        return Tower(config).apply({"params": params["context"]["tower"]}, tokens, state, span)
+
+
+def settle(state: TowerState, probed: TowerState, count: jax.Array) -> TowerState:
+    """The state after `count` (B,) of the tokens of a `probe` of it, without another pass."""
+    with jax.named_scope("settle"):
+
+        def one(old, new):
+            return mamba.settle(old, new, count) if isinstance(new, MambaTrace) else new
+
+        return state.replace(layers=tuple(map(one, state.layers, probed.layers)), length=state.length + count)
 
 
 def read_packed(

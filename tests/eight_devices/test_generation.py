@@ -16,6 +16,7 @@ RUNS = {
     "mock-ar": ("generate_mock_ar", {}),
     "diffusion": ("generate_mask_diffusion", {}),
     "diffusion with draws": ("generate_mask_diffusion", {"temperature": 1.0, "top_k": 9}),
+    "verified": ("generate_verified", {"draft_passes": 1}),
     "ar with draws": ("generate_ar", {"temperature": 1.0, "top_p": 0.7}),
 }
 ALL = range(8)

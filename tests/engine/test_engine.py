@@ -167,7 +167,7 @@ def test_events_come_before_the_end():
 
 
 BAD = [
-    ({"mode": "verified"}, "mode 'verified' does not exist; choose diffusion, ar, mock-ar"),
+    ({"mode": "beam"}, "mode 'beam' does not exist; choose diffusion, ar, mock-ar, verified"),
     ({"prompt": [128]}, "prompt has id 128 at position 0; ids go from 0 to 127"),
     ({"prompt": []}, "prompt is empty"),
     ({"max_new_tokens": -1}, "max_new_tokens must be from 0"),

@@ -4,4 +4,4 @@ Rules are frozen dataclasses that are pytrees: numbers that a sweep changes are 
 for each value of a threshold.
 """
 
-MODES = ("diffusion", "ar", "mock-ar")
+MODES = ("diffusion", "ar", "mock-ar", "verified")

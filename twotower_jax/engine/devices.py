@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from twotower_jax import sharding, two_tower
-from twotower_jax.engine import steps
+from twotower_jax.engine import steps, verified
 from twotower_jax.engine.rows import Bench, News, Piece, Slots, empty_bench, empty_slots
 from twotower_jax.placement import Group, Towers
 from twotower_jax.programs import Program, Programs
@@ -75,7 +75,11 @@ class Together:
         both = sharding.specs(group.whole, *params)
         bench, slots = here.bench_spec, here.slots_spec
         self._feed = Program(steps.feed, (context, bench, ROWS), bench, donated=(1,))
-        self._denoise = Program(steps.denoise_and_read, (both, slots, WHOLE, WHOLE), (slots, ROWS), donated=(1,))
+        blocks = {"inputs": (both, slots, WHOLE, WHOLE), "outputs": (slots, ROWS), "donated": (1,)}
+        self._blocks = {
+            "diffusion": Program(steps.denoise_and_read, **blocks),
+            "verified": Program(verified.draft_and_verify, **blocks),
+        }
         self._write = Program(steps.write, (both, slots, WHOLE), (slots, ROWS), donated=(1,))
         self.seat, self.fetch = here.seat, here.fetch
 
@@ -88,9 +92,9 @@ class Together:
 
     def write(self, mode: str, draws: bool) -> list[News]:
         here = self._place
-        if mode == "diffusion":
+        if mode in self._blocks:
             numbers, sizes = (self._share, self._mask_id), {"draws": draws, "most": self._most}
-            here.slots, news = here.run(self._denoise, self._params, here.slots, *numbers, **sizes)
+            here.slots, news = here.run(self._blocks[mode], self._params, here.slots, *numbers, **sizes)
         else:
             sizes = {"mode": mode, "tokens": TOKENS, "draws": draws}
             here.slots, news = here.run(self._write, self._params, here.slots, self._share, **sizes)
@@ -124,6 +128,11 @@ class Apart:
         self._read = Program(steps.read_apart, (context, slots, ROWS, ROWS, ROWS), (slots, ROWS, states), donated=(1,))
         self._absorb = Program(steps.absorb, (slots, ROWS, states), slots, donated=(0,))
         self._write = Program(steps.write, (context, slots, WHOLE), (slots, ROWS), donated=(1,))
+        self._draft = Program(verified.draft, (denoiser, slots, WHOLE, WHOLE), (slots, ROWS, ROWS), donated=(1,))
+        self._verify = Program(
+            verified.verify_apart, (context, slots, ROWS), (slots, ROWS, ROWS, ROWS, states), donated=(1,)
+        )
+        self._heed = Program(verified.heed, (slots, ROWS, ROWS, states), slots, donated=(0,))
         self._release = Program(steps.release, (slots, ROWS), slots, donated=(0,))
 
     def fetch(self, news: News) -> News:
@@ -166,6 +175,8 @@ class Apart:
             here.slots, news, reads = here.run(self._denoise, self._denoiser, here.slots, *numbers, **sizes)
             self._send(here.slots.block.tokens, reads, self._most)
             return [news]
+        if mode == "verified":
+            return [self._write_verified(draws)]
         heard = []
         for _ in range(TOKENS):
             self._catch_up()
@@ -173,6 +184,21 @@ class Apart:
             self._send(last, reads, last.shape[0] // here.group.row_shards)
             heard.append(news)
         return heard
+
+    def _write_verified(self, draws: bool) -> News:
+        there, here = self._there, self._here
+        numbers, sizes = (self._share, self._mask_id), {"draws": draws, "most": self._most}
+        here.slots, *drafts = here.run(self._draft, self._denoiser, here.slots, *numbers, **sizes)
+        told = (here.slots.block.tokens, *drafts, here.slots.rows.ticket)
+        came = self._towers.move(told, ROWS, there.group)
+        there.slots, news, *found = there.run(self._verify, self._context, there.slots, came, **sizes)
+        found = self._towers.move(tuple(found), (ROWS, ROWS, self._states), here.group)
+
+        def heed() -> None:
+            here.slots = here.run(self._heed, here.slots, *found)
+
+        self._behind.append(heed)
+        return news
 
     def _send(self, tokens: jax.Array, reads: jax.Array, most: int) -> None:
         """Has the context tower read of so many rows at most."""

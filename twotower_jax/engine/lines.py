@@ -27,6 +27,8 @@ NUMBERS = {
     "block_size": "block_size",
     "steps_per_block": "steps_per_block",
     "confidence_threshold": "confidence_threshold",
+    "draft_passes": "draft_passes",
+    "accept_probability": "accept_probability",
     "temperature": "temperature",
     "top_k": "top_k",
     "top_p": "top_p",

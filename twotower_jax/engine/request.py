@@ -19,11 +19,14 @@ class Request:
     Attributes:
       key: tells the caller's requests apart; events carry it.
       prompt: token ids.
-      mode: `diffusion`, `ar` or `mock-ar`.
+      mode: `diffusion`, `ar`, `mock-ar`, or `verified`: what `ar` writes, in blocks that the denoiser drafts.
       max_new_tokens: need not be a multiple of the block size.
-      block_size: diffusion: positions denoised together, at most the engine's.
+      block_size: diffusion, verified: positions denoised together, at most the engine's.
       steps_per_block: diffusion: most denoiser passes a block.
-      confidence_threshold: diffusion: predictions above this probability are committed, in [0, 1].
+      confidence_threshold: diffusion, verified: predictions above this probability are committed, in [0, 1].
+      draft_passes: verified: most denoiser passes a block.
+      accept_probability: verified: drafts that AR gives at least this probability are accepted, too; with None the
+        text is AR's own.
       temperature: 0 is greedy.
       top_k, top_p: draw from the k most probable tokens, from the nucleus of mass p; None restricts nothing.
       eos_token_id: id or ids that end the row, at most 16.
@@ -37,6 +40,8 @@ class Request:
     block_size: int = 16
     steps_per_block: int = 16
     confidence_threshold: float = 0.8
+    draft_passes: int = 2
+    accept_probability: float | None = None
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
@@ -59,6 +64,9 @@ class Request:
             raise InputError(f"eos_token_id has {len(eos)} ids; at most {STOP_IDS} can end a row")
         inputs.number("confidence_threshold", self.confidence_threshold, 0, 1)
         inputs.whole("steps_per_block", self.steps_per_block, 1, 2**31 - 1)
+        inputs.whole("draft_passes", self.draft_passes, 1, 2**31 - 1)
+        if self.accept_probability is not None:
+            inputs.number("accept_probability", self.accept_probability, 0, 1, open_low=True)
         temperature, top_k, top_p = inputs.sampling(self.temperature, self.top_k, self.top_p)
         return dataclasses.replace(
             self,
@@ -82,13 +90,17 @@ class Request:
 
     @property
     def block(self) -> int:
-        """Tokens that are written together."""
-        return self.block_size if self.mode == "diffusion" else 1
+        """Positions that are written together."""
+        return self.block_size if self.mode in ("diffusion", "verified") else 1
 
     @property
     def positions(self) -> int:
-        """Of the context's state, that the row needs at most: the block that ends a row is never read."""
+        """Of the context's state, that the row needs at most: the block that ends a row is never read, but in
+        verified decoding, where it may reach beyond the row's end.
+        """
         unit = self.block
+        if self.mode == "verified":
+            return self.read_first + max(0, self.max_new_tokens - 1) + unit
         return self.read_first + max(0, -(-self.max_new_tokens // unit) - (self.mode == "diffusion")) * unit
 
 

@@ -11,7 +11,6 @@ from twotower_jax.config import Config
 from twotower_jax.decoding import MODES
 from twotower_jax.decoding.diffusion import Block
 from twotower_jax.decoding.sampling import ALL, Sampler, position_keys, row_keys
-from twotower_jax.decoding.unmasking import ThresholdUnmasking
 from twotower_jax.engine.request import STOP_IDS, Request
 from twotower_jax.state import TowerState, empty_state
 
@@ -30,6 +29,8 @@ class Rows:
       size: of a block.
       steps: most denoiser passes a block.
       threshold: float32.
+      draft: most denoiser passes of a draft.
+      accept: float32, the probability from which a draft is accepted; above 1 it must be AR's own token.
       temperature, top_p: float32.
       top_k: see `Sampler`.
       eos: (n, STOP_IDS), EMPTY where there are fewer.
@@ -46,6 +47,8 @@ class Rows:
     size: jax.Array
     steps: jax.Array
     threshold: jax.Array
+    draft: jax.Array
+    accept: jax.Array
     temperature: jax.Array
     top_p: jax.Array
     top_k: jax.Array
@@ -59,18 +62,14 @@ class Rows:
         """(n,) bool: the rows that are decoded so."""
         return (self.ticket != EMPTY) & (self.mode == MODES.index(mode))
 
-    def keys(self, size: int) -> jax.Array:
-        """Of the next `size` positions, (n, size)."""
-        positions = (self.count + self.written)[:, None] + jnp.arange(size)
+    def keys(self, size: int, last: bool = False) -> jax.Array:
+        """Of `size` positions from the next one on, or from the `last` one, (n, size)."""
+        positions = (self.count + self.written)[:, None] + jnp.arange(size) - last
         return position_keys(row_keys(self.seed, self.number), positions)
 
     def sampler(self, draws: bool) -> Sampler:
         """Of rows of which some may draw, or none does."""
         return Sampler(self.temperature, self.top_k, self.top_p, draws)
-
-    @property
-    def unmasking(self) -> ThresholdUnmasking:
-        return ThresholdUnmasking(self.threshold, self.steps)
 
     def ends(self, tokens: jax.Array) -> jax.Array:
         """Which of the tokens (n, L) end their row, (n, L) bool."""
@@ -95,6 +94,8 @@ def as_rows(requests: Sequence[Request | None], tickets: Sequence[int]) -> Rows:
         size=column(lambda r: r.block_size, np.int32, 1),
         steps=column(lambda r: r.steps_per_block, np.int32, 1),
         threshold=column(lambda r: r.confidence_threshold, np.float32),
+        draft=column(lambda r: r.draft_passes, np.int32, 1),
+        accept=column(lambda r: 2 if r.accept_probability is None else r.accept_probability, np.float32, 2),
         temperature=column(lambda r: r.temperature, np.float32),
         top_p=column(lambda r: 2 if r.top_p is None else r.top_p, np.float32, 2),
         top_k=column(lambda r: ALL if r.top_k is None else min(r.top_k, ALL), np.int32, ALL),

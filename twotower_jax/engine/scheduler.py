@@ -31,6 +31,7 @@ class Row:
       read: tokens of its prompt that the bench was fed.
       tokens: how many it has written.
       denoised, committed: passes of the denoiser, and of the context tower over blocks.
+      rounds: in which it wrote.
     """
 
     request: Request
@@ -39,6 +40,7 @@ class Row:
     tokens: int = 0
     denoised: int = 0
     committed: int = 0
+    rounds: int = 0
 
     @property
     def forwards(self) -> tuple[int, int]:
@@ -47,6 +49,7 @@ class Row:
             "diffusion": (self.denoised, 1 + self.committed),
             "ar": (0, self.denoised),
             "mock-ar": (self.denoised, 1 + self.denoised),
+            "verified": (self.denoised, 1 + self.rounds),
         }[self.request.mode]
 
 
@@ -166,7 +169,7 @@ class Engine:
 
     def refuses(self, request: Request) -> str | None:
         """Why a checked request does not fit, or None."""
-        if request.mode == "diffusion" and request.block_size > self.block_size:
+        if request.block > self.block_size:
             return f"block_size {request.block_size} is more than the {self.block_size} that the engine was made for"
         if request.positions > self.capacity:
             return (
@@ -262,6 +265,7 @@ class Engine:
         row.tokens += n
         row.denoised += int(news.forwards[i])
         row.committed += not news.ended[i]
+        row.rounds += 1
         if not news.ended[i]:
             return Event(row.request.key, tokens, logprobs, None, None, *row.forwards)
         if news.failed[i]:

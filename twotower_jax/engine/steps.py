@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from twotower_jax import two_tower
 from twotower_jax.config import Config
 from twotower_jax.decoding.diffusion import Block, Diffusion, denoise_step, masked_block
+from twotower_jax.decoding.unmasking import ThresholdUnmasking
 from twotower_jax.decoding.vocabulary import Vocabulary
 from twotower_jax.engine.rows import EMPTY, Bench, News, Piece, Rows, Slots
 from twotower_jax.layers.collectives import any_row, row_sum
@@ -102,24 +103,9 @@ def denoise(
     """
     rows, width = slots.rows, slots.block.tokens.shape[1]
     own = rows.of_mode("diffusion")
-    rules = Diffusion(rows.sampler(draws), rows.unmasking, mask_id)
-    begins = own & ~slots.begun
-    block = _chosen(begins, masked_block(begins, rows.size, width, mask_id), slots.block)
-    block = block.replace(masked=block.masked & own[:, None])
-    keys = rows.keys(width)
-    enough = jnp.ceil(share * row_sum(own, config))
-
-    def full(block: Block) -> jax.Array:
-        return own & ~block.masked.any(-1)
-
-    def more(block: Block) -> jax.Array:
-        return any_row(block.masked, config) & (row_sum(full(block), config) < enough)
-
-    waited = full(block)
-    block = jax.lax.while_loop(more, lambda block: denoise_step(config, params, rules, slots.state, block, keys), block)
-    done = full(block)
-    order = jnp.argsort(jnp.where(waited, 0, jnp.where(done, 1, 2)), stable=True)
-    done &= jnp.argsort(order) < most
+    rules = Diffusion(rows.sampler(draws), ThresholdUnmasking(rows.threshold, rows.steps), mask_id)
+    fresh = masked_block(own & ~slots.begun, rows.size, width, mask_id)
+    block, done = filled(config, params, rules, slots, own, fresh, rows.keys(width), share, most)
     failed = done & block.failed
     stops = (rows.ends(block.tokens) & block.real).any(-1)
     ended = done & (failed | stops | (rows.written + rows.size >= rows.limit))
@@ -135,6 +121,44 @@ def denoise(
     reads = jnp.where(done & ~ended, rows.size, 0)
     rows = rows.replace(ticket=jnp.where(ended, EMPTY, rows.ticket), written=rows.written + reads)
     return Slots(rows, slots.state, block, (slots.begun | own) & ~done), news, reads
+
+
+def filled(
+    config: Config,
+    params: dict,
+    rules: Diffusion,
+    slots: Slots,
+    own: jax.Array,
+    fresh: Block,
+    keys: jax.Array,
+    share: jax.Array,
+    most: int,
+) -> tuple[Block, jax.Array]:
+    """The blocks of some rows, `own` (B,), denoised until enough of them are full; and which of these are done with it.
+
+    Args:
+      config, params, share, most: see `denoise`.
+      rules: of the blocks.
+      slots: before.
+      own: the rows.
+      fresh: blocks for the rows that have not begun one.
+      keys: (B, S), see `denoise_step`.
+    """
+    block = _chosen(own & ~slots.begun, fresh, slots.block)
+    block = block.replace(masked=block.masked & own[:, None])
+    enough = jnp.ceil(share * row_sum(own, config))
+
+    def full(block: Block) -> jax.Array:
+        return own & ~block.masked.any(-1)
+
+    def more(block: Block) -> jax.Array:
+        return any_row(block.masked, config) & (row_sum(full(block), config) < enough)
+
+    waited = full(block)
+    block = jax.lax.while_loop(more, lambda block: denoise_step(config, params, rules, slots.state, block, keys), block)
+    done = full(block)
+    order = jnp.argsort(jnp.where(waited, 0, jnp.where(done, 1, 2)), stable=True)
+    return block, done & (jnp.argsort(order) < most)
 
 
 def read(
@@ -195,7 +219,7 @@ def write(
         return turn + 1, rows, state, news
 
     _, rows, state, news = jax.lax.while_loop(
-        more, token, (0, slots.rows, slots.state, _no_news(slots.rows.ticket, tokens))
+        more, token, (0, slots.rows, slots.state, no_news(slots.rows.ticket, tokens))
     )
     return slots.replace(rows=_left(rows, news), state=state), news
 
@@ -208,11 +232,11 @@ def write_apart(config: Config, params: dict, slots: Slots, *, draws: bool) -> t
     """
     active, last = slots.rows.of_mode("mock-ar"), slots.rows.last[:, None]
     logits = two_tower.denoise(config, params, slots.state, last, t=None)
-    rows, news = _add(config, slots.rows, _no_news(slots.rows.ticket, 1), logits, active, 0, draws)
+    rows, news = _add(config, slots.rows, no_news(slots.rows.ticket, 1), logits, active, 0, draws)
     return slots.replace(rows=_left(rows, news)), news, last, (active & ~news.ended).astype(jnp.int32)
 
 
-def _no_news(ticket: jax.Array, tokens: int) -> News:
+def no_news(ticket: jax.Array, tokens: int) -> News:
     shape = (ticket.shape[0], tokens)
     none, no = jnp.zeros(shape[0], jnp.int32), jnp.zeros(shape[0], bool)
     return News(ticket, jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32), none, none, no, no)

@@ -8,9 +8,9 @@ from twotower_jax.config import Config
 from twotower_jax.layers.collectives import tensor_index, tensor_sum
 from twotower_jax.layers.linear import einsum
 from twotower_jax.layers.norm import rms_norm
-from twotower_jax.layers.ssm import packed_scan, selective_scan
+from twotower_jax.layers.ssm import chunk, packed_scan, selective_scan
 from twotower_jax.parameters import Parameter, declare, linear, normal
-from twotower_jax.state import MambaState, Packing, Span
+from twotower_jax.state import MambaState, MambaTrace, Packing, Span
 
 
 def describe(c: Config) -> dict[str, Parameter]:
@@ -90,17 +90,18 @@ def packed_conv(x: jax.Array, packing: Packing, weight: jax.Array, bias: jax.Arr
 
 
 class Mamba(nn.Module):
-    """x (B, L, D), MambaState, Span -> y (B, L, D), MambaState. Causal, whatever the span says."""
+    """x (B, L, D), MambaState, Span -> y (B, L, D), MambaState or MambaTrace. Causal, whatever the span says."""
 
     config: Config
 
     @nn.compact
-    def __call__(self, x: jax.Array, state: MambaState, span: Span) -> tuple[jax.Array, MambaState]:
+    def __call__(self, x: jax.Array, state: MambaState, span: Span) -> tuple[jax.Array, MambaState | MambaTrace]:
         c, p = self.config, declare(self, describe(self.config), self.config)
         rows, length = x.shape[:2]
         z, xbc, dt = jnp.split(
             einsum("bld,de->ble", x, p["in_proj"]), [c.mamba_width, c.mamba_width + c.conv_channels], axis=-1
         )
+        raw = xbc
         if span.packing is None:
             xbc, tail = causal_conv(xbc, state.conv, p["conv_weight"], p.get("conv_bias"), span.count)
         else:
@@ -121,9 +122,23 @@ class Mamba(nn.Module):
         gated = y * nn.silu(z.astype(jnp.float32))
         y = rms_norm(gated, p["norm"], c.norm_eps, c.mamba_groups, lambda means: _of_groups(means, c)).astype(x.dtype)
         y = tensor_sum(einsum("ble,ed->bld", y, p["out_proj"], out=jnp.float32), c).astype(x.dtype)
+        if span.trace:
+            inputs = jnp.concatenate([state.conv, raw], axis=1)
+            return y, MambaTrace(inputs=inputs, weighted=dt[..., None] * values, decay=dt * a, b=b)
         if span.packing is not None:
             tail, ssm = (z_.reshape(-1, *z_.shape[2:]) for z_ in (tail, ssm))
         return y, MambaState(conv=tail, ssm=ssm)
+
+
+def settle(state: MambaState, trace: MambaTrace, count: jax.Array) -> MambaState:
+    """The state after `count` (B,) of the positions of a trace that begins at a state: beyond them dt = 0."""
+    length, tail = trace.decay.shape[1], state.conv.shape[1]
+    real = jnp.arange(length) < count[:, None]
+    newest = count[:, None] + jnp.arange(tail)
+    weighted = jnp.where(real[..., None, None], trace.weighted, 0)
+    decay = jnp.where(real[..., None], trace.decay, 0)
+    _, ssm = chunk(weighted, decay, trace.b, trace.b, state.ssm)
+    return MambaState(conv=jnp.take_along_axis(trace.inputs, newest[..., None], axis=1), ssm=ssm)
 
 
 def _of_groups(means: jax.Array, c: Config) -> jax.Array:

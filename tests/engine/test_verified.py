@@ -1,0 +1,101 @@
+"""Verified decoding writes what AR writes, whatever the denoiser drafts."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from conftest import golden_of, largest_difference, load
+from streams import heard, random_requests
+
+import twotower_jax as tt
+from twotower_jax import sources, two_tower
+from twotower_jax.engine.request import Request
+from twotower_jax.tokenizer import load_tokenizer
+
+SAMPLED = {"temperature": 1.0, "seed": 4, "top_k": 20, "top_p": 0.9}
+
+
+@pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(("size", "passes"), [(16, 1), (4, 2), pytest.param(7, 4, marks=pytest.mark.slow)])
+def test_text_is_ars(golden, size, passes, options):
+    """Ragged, with ids that end rows at various places."""
+    prompts = [*golden.prompts, [7]]
+    expected = golden.model.generate_ar(prompts, 40, eos_token_id=[30, 40], **options)
+    found = golden.model.generate_verified(
+        prompts, 40, block_size=size, draft_passes=passes, eos_token_id=[30, 40], **options
+    )
+    assert found.tokens == expected.tokens
+    assert found.errors == [None] * 5
+
+
+def test_drafts_are_accepted():
+    """Of the shipped model several tokens a pass; in any mix of passes and block sizes, in the order they come."""
+    model = load("demo")
+    rng = np.random.default_rng(0)
+    folder = sources.locate("demo")
+    samples, tokenizer = json.loads((folder / "samples.json").read_text()), load_tokenizer(folder)
+    prompts = [tokenizer.encode(sample["prompt"]).ids for sample in samples]
+    expected = model.generate_ar(prompts, 33, eos_token_id=14).tokens
+    requests = [
+        Request(i, ids, "verified", 33, block_size=int(size), draft_passes=1 + i % 4, eos_token_id=14)
+        for i, (ids, size) in enumerate(zip(prompts, rng.integers(4, 17, len(prompts)), strict=True))
+    ]
+    tokens, last = heard(model.stream(requests, slots=8))
+    assert [tokens[i] for i in range(len(prompts))] == expected
+    assert sum(event.context_forwards for event in last.values()) < 0.5 * sum(map(len, expected))
+
+
+def test_beside_other_modes():
+    model = load("tiny-0")
+    kinds = [("verified", 16, True), ("verified", 5, False), ("diffusion", 16, False), ("ar", 1, True)]
+    requests = list(random_requests(model, 24, kinds=kinds))
+    tokens, _ = heard(model.stream(requests, slots=8))
+    for r in requests:
+        if r.mode == "verified":
+            options = {"temperature": r.temperature, "top_k": r.top_k, "top_p": r.top_p, "seed": r.seed}
+            g = model.generate_ar([r.prompt], r.max_new_tokens, rows=[r.row], eos_token_id=r.eos_token_id, **options)
+            assert tokens[r.key] == g.tokens[0]
+
+
+def test_all_is_accepted_if_all_will_do(tiny):
+    """At a probability that every token has, a pass gives a whole block: 16 tokens, the last of them AR's."""
+    requests = [Request(i, ids, "verified", 48, accept_probability=1e-30) for i, ids in enumerate(tiny.prompts)]
+    _, last = heard(tiny.model.stream(requests))
+    assert all(event.context_forwards == 1 + 3 for event in last.values())
+
+
+def test_settled_state_is_a_fresh_one(golden):
+    """After any number of a block's tokens, it is what reading these alone gives."""
+    c, params = golden.model.config, golden.model.params
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(4, c.vocab_size, (4, 40)).astype(np.int32)
+    before = np.array([24, 1, 9, 20])
+    prefill = jax.jit(two_tower.prefill, static_argnums=(0, 4))
+    probe, settle = jax.jit(two_tower.probe, static_argnums=0), jax.jit(two_tower.settle)
+    _, state = prefill(c, params, tokens, before, 64)
+    block = np.stack([row[n : n + 16] for row, n in zip(tokens, before, strict=True)])
+    _, probed = probe(c, params, state, block, np.full(4, 16))
+    for kept in ([16, 0, 1, 9], [3, 16, 15, 2]):
+        kept = np.array(kept)
+        settled = settle(state, probed, kept)
+        _, fresh = prefill(c, params, tokens, before + kept, 64)
+        np.testing.assert_array_equal(settled.length, fresh.length)
+        for layer, other in zip(settled.layers, fresh.layers, strict=True):
+            if hasattr(layer, "ssm"):
+                assert largest_difference(layer, other) < 1e-4
+            elif layer is not None:
+                for row, n in enumerate(settled.length):
+                    np.testing.assert_allclose(layer.key[row, :, :n], other.key[row, :, :n], atol=1e-4)
+                    np.testing.assert_allclose(layer.value[row, :, :n], other.value[row, :, :n], atol=1e-4)
+
+
+def test_bad_options(tiny):
+    for wrong, message in [
+        ({"draft_passes": 0}, "draft_passes must be 1 or more|draft_passes must be from 1"),
+        ({"accept_probability": 0}, "accept_probability must be a number, above 0 and at most 1"),
+    ]:
+        with pytest.raises(tt.InputError, match=message):
+            tiny.model.generate_verified([[5]], **wrong)
+    with pytest.raises(tt.InputError, match="generate_verified needs a denoiser"):
+        golden_of("backbone-0").model.generate_verified([[5]])

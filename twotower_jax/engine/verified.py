@@ -1,0 +1,174 @@
+"""Verified decoding: the denoiser drafts a block; the context tower's one pass over it says what AR would have written.
+
+A row's block begins with its last token, which is not read yet; the draft is what follows. The pass gives AR's token
+after each position. Drafts are accepted as far as they are these, and AR's token after them is the row's last one: a
+pass writes one token or more, and what is written is what AR writes.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from twotower_jax import two_tower
+from twotower_jax.config import Config
+from twotower_jax.decoding.diffusion import Diffusion, masked_block
+from twotower_jax.decoding.unmasking import ThresholdUnmasking
+from twotower_jax.decoding.vocabulary import Vocabulary
+from twotower_jax.engine.rows import EMPTY, News, Rows, Slots
+from twotower_jax.engine.steps import filled, no_news, when
+from twotower_jax.layers.collectives import any_row
+from twotower_jax.state import TowerState
+
+
+def draft(
+    config: Config, params: dict, slots: Slots, share: jax.Array, mask_id: jax.Array, *, draws: bool, most: int
+) -> tuple[Slots, jax.Array, jax.Array]:
+    """Drafts blocks until enough rows have a full one; arguments as for `steps.denoise`.
+
+    A position draws with the key of the token that it stands for, as the verifier will: where both towers' logits are
+    alike, so are the tokens.
+
+    Returns:
+      the slots, with their state as it was; and of each row, (B,) int32, how many positions are to be verified, and
+      the passes that their draft took.
+    """
+    rows, width = slots.rows, slots.block.tokens.shape[1]
+    own = rows.of_mode("verified")
+    rules = Diffusion(rows.sampler(draws), ThresholdUnmasking(rows.threshold, rows.draft), mask_id)
+    fresh = masked_block(own & ~slots.begun, rows.size, width, mask_id)
+    fresh = fresh.replace(
+        tokens=fresh.tokens.at[:, 0].set(rows.last),
+        masked=fresh.masked.at[:, 0].set(False),
+        confidence=fresh.confidence.at[:, 0].set(1),
+    )
+    block, done = filled(config, params, rules, slots, own, fresh, rows.keys(width, last=True), share, most)
+    slots = slots.replace(block=block, begun=(slots.begun | own) & ~done)
+    return slots, jnp.where(done, rows.size, 0), jnp.where(done, block.step, 0)
+
+
+def verify(
+    config: Config,
+    params: dict,
+    slots: Slots,
+    tokens: jax.Array,
+    count: jax.Array,
+    passes: jax.Array,
+    *,
+    draws: bool,
+    most: int,
+) -> tuple[Slots, News, jax.Array]:
+    """The context tower reads drafts, and keeps what AR would have written.
+
+    Args:
+      config: dimensions.
+      params: parameters of the context tower.
+      slots: before.
+      tokens: (B, S) int32, each row's last token and what is drafted after it.
+      count: (B,) int32, positions to be verified, 0 but for `most` rows.
+      passes: (B,) int32, that the drafts took.
+      draws: whether a row may have a temperature.
+      most: see `steps.read`.
+
+    Returns:
+      the slots; the news; and the numbers of the rows that were read, (most,).
+    """
+    (chosen,) = jnp.nonzero(count > 0, size=most, fill_value=count.shape[0])
+    n = jnp.where(chosen < count.shape[0], _of(chosen, count), 0)
+
+    def put(into: Any, new: Any) -> Any:
+        return jax.tree.map(lambda x, y: x.at[chosen].set(y, mode="drop"), into, new)
+
+    def checked(carry: tuple) -> tuple:
+        rows, news, state = carry
+        before, mine, drafted = _of(chosen, (state, rows, tokens))
+        with jax.named_scope("verify"):
+            hidden, probed = two_tower.probe(config, params, before, drafted, n)
+            logits = two_tower.context_head(params, hidden)
+            kept, found = _judged(config, mine, drafted, n, logits, draws)
+            found = found.replace(forwards=jnp.where(n > 0, _of(chosen, passes), 0))
+            changed = two_tower.news(two_tower.settle(before, probed, kept), before.length, tokens.shape[1])
+        last = jnp.take_along_axis(found.tokens, jnp.maximum(kept - 1, 0)[:, None], axis=1)[:, 0]
+        mine = mine.replace(ticket=jnp.where(found.ended, EMPTY, mine.ticket), last=last, written=mine.written + kept)
+        return put(rows, mine), put(news, found), two_tower.absorb(state, changed, chosen)
+
+    start = (slots.rows, no_news(slots.rows.ticket, tokens.shape[1]), slots.state)
+    rows, news, state = when(any_row(count > 0, config), checked, start)
+    return slots.replace(rows=rows, state=state), news, chosen
+
+
+def verify_apart(
+    config: Config, params: dict, slots: Slots, told: tuple, *, draws: bool, most: int
+) -> tuple[Slots, News, jax.Array, Rows, TowerState]:
+    """`verify` of what the denoiser's devices sent: tokens, count, passes and the tickets (B,) there.
+
+    Returns:
+      the slots and the news; and for `heed` the numbers of the rows that were read, these rows, and what is new in
+      their state.
+    """
+    *drafts, ticket = told
+    before = slots.state.length
+    slots = slots.replace(rows=slots.rows.replace(ticket=ticket))
+    slots, news, chosen = verify(config, params, slots, *drafts, draws=draws, most=most)
+    rows, state, before = _of(chosen, (slots.rows, slots.state, before))
+    return slots, news, chosen, rows, two_tower.news(state, before, drafts[0].shape[1])
+
+
+def heed(config: Config, slots: Slots, chosen: jax.Array, rows: Rows, came: TowerState) -> Slots:
+    """What `verify_apart` found, on the denoiser's devices."""
+    rows = jax.tree.map(lambda x, y: x.at[chosen].set(y, mode="drop"), slots.rows, rows)
+    return slots.replace(rows=rows, state=two_tower.absorb(slots.state, came, chosen))
+
+
+def _judged(
+    config: Config, rows: Rows, drafted: jax.Array, count: jax.Array, logits: jax.Array, draws: bool
+) -> tuple[jax.Array, News]:
+    """How many positions of each row's block are kept, (n,), and what is written: as many tokens.
+
+    Args:
+      config: dimensions.
+      rows: the rows.
+      drafted: (n, S) int32, the block.
+      count: (n,) int32, its positions.
+      logits: (n, S, V) float32, after each.
+      draws: see `verify`.
+    """
+    vocabulary, width = Vocabulary(config.shards.tensor), drafted.shape[1]
+    wanted = rows.sampler(draws).predict(logits, rows.keys(width), vocabulary)
+    after = jnp.pad(drafted[:, 1:], [(0, 0), (0, 1)])
+    likely = vocabulary.probability(logits, after) >= rows.accept[:, None]
+    place = jnp.arange(width)
+    agree = ((after == wanted) | likely) & (place + 1 < count[:, None])
+    accepted = jnp.cumprod(agree, axis=1).sum(1)
+    tokens = jnp.where(place < accepted[:, None], after, wanted)
+    kept = jnp.minimum(accepted + (count > 0), rows.limit - rows.written)
+    stops = rows.ends(tokens)
+    kept = jnp.minimum(kept, jnp.where(stops.any(1), jnp.argmax(stops, axis=1) + 1, width))
+    bad = vocabulary.any(~jnp.isfinite(logits)) & (place < kept[:, None])
+    failed = bad.any(1)
+    kept = jnp.where(failed, jnp.argmax(bad, axis=1), kept)
+    stopped = (stops & (place < kept[:, None])).any(1)
+    news = News(
+        ticket=rows.ticket,
+        tokens=tokens,
+        probability=vocabulary.probability(logits, tokens),
+        count=kept,
+        forwards=jnp.zeros_like(count),
+        ended=(count > 0) & (failed | stopped | (rows.written + kept >= rows.limit)),
+        failed=failed,
+    )
+    return kept, news
+
+
+def _of(rows: jax.Array, tree: Any) -> Any:
+    """Some rows (n,) of all arrays; a number beyond the last is the last."""
+    return jax.tree.map(lambda x: jnp.take(x, rows, axis=0, mode="clip"), tree)
+
+
+def draft_and_verify(
+    config: Config, params: dict, slots: Slots, share: jax.Array, mask_id: jax.Array, *, draws: bool, most: int
+) -> tuple[Slots, News]:
+    """`draft`, and `verify` of the blocks that are full."""
+    slots, *drafts = draft(config, params, slots, share, mask_id, draws=draws, most=most)
+    slots, news, _ = verify(config, params, slots, slots.block.tokens, *drafts, draws=draws, most=most)
+    return slots, news
