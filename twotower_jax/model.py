@@ -106,13 +106,14 @@ class Model:
         max_new_tokens: int = 128,
         block_size: int = 16,
         steps_per_block: int = 16,
-        confidence_threshold: float = 0.8,
+        confidence_threshold: float | None = None,
         mask_token_id: int = 3,
         temperature: float = 0.0,
         top_k: int | None = None,
         eos_token_id: int | Sequence[int] | None = None,
         seed: int = 0,
         rows: Sequence[int] | None = None,
+        unmasking: str | None = None,
     ) -> Generation:
         """Mask diffusion, block by block (paper, section 3). Every row gives what it would give alone.
 
@@ -121,17 +122,19 @@ class Model:
           max_new_tokens: new tokens a row; need not be a multiple of the block size.
           block_size: positions denoised together. A model writes nonsense above the size it was trained for.
           steps_per_block: most denoiser passes a block.
-          confidence_threshold: predictions above this probability are committed, in [0, 1].
+          confidence_threshold: predictions above this probability are committed, in [0, 1]; 0.8 by default.
           mask_token_id: the id of `[MASK]`. Prompts may hold it.
           temperature: 0 is greedy.
           top_k: draw from the k most probable tokens.
           eos_token_id: id or ids that end a row.
           seed: of the random draws, with the row's number and the position.
           rows: the rows' numbers, 0, 1, 2... by default; a row alone, given its number, draws what it drew in a batch.
+          unmasking: another rule than the threshold, `NAME` or `NAME=NUMBER`; see `decoding.unmasking`.
         """
         self._need_denoiser("generate_mask_diffusion")
         asked = {"mode": "diffusion", "max_new_tokens": max_new_tokens, "block_size": block_size}
         asked |= {"steps_per_block": steps_per_block, "confidence_threshold": confidence_threshold}
+        asked |= {"unmasking": unmasking}
         asked |= {"temperature": temperature, "top_k": top_k, "eos_token_id": eos_token_id, "seed": seed}
         return self._generate(prompts, rows, asked, mask_token_id)
 
@@ -157,8 +160,9 @@ class Model:
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int = 128,
         block_size: int = 16,
-        draft_passes: int = 2,
-        confidence_threshold: float = 0.8,
+        draft_passes: int | None = None,
+        unmasking: str | None = None,
+        confidence_threshold: float | None = None,
         accept_probability: float | None = None,
         mask_token_id: int = 3,
         temperature: float = 0.0,
@@ -173,13 +177,13 @@ class Model:
         The other arguments are those of `generate_mask_diffusion` and `generate_ar`.
 
         Args:
-          draft_passes: most denoiser passes a block; fewer where all predictions are above the threshold.
+          draft_passes: most denoiser passes a block; None: as many as are expected to pay.
           accept_probability: drafts that AR gives at least this probability are accepted too, so that the text is not
             AR's own any more; None for no others.
         """
         self._need_denoiser("generate_verified")
         asked = {"mode": "verified", "max_new_tokens": max_new_tokens, "block_size": block_size}
-        asked |= {"draft_passes": draft_passes, "confidence_threshold": confidence_threshold}
+        asked |= {"draft_passes": draft_passes, "unmasking": unmasking, "confidence_threshold": confidence_threshold}
         asked |= {"accept_probability": accept_probability, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         return self._generate(prompts, rows, asked | {"eos_token_id": eos_token_id, "seed": seed}, mask_token_id)
 

@@ -16,7 +16,7 @@ from twotower_jax import compiled_text, sharding, two_tower
 from twotower_jax.analyses import analysis
 from twotower_jax.config import Config
 from twotower_jax.engine.devices import Apart, Together
-from twotower_jax.engine.rows import EMPTY, Piece, as_rows
+from twotower_jax.engine.rows import EMPTY, Kinds, Piece, as_rows
 from twotower_jax.engine.scheduler import CANCELLED, SHARE
 from twotower_jax.engine.sizes import lanes_of, piece_of
 from twotower_jax.parameters import parameter_bytes
@@ -171,7 +171,7 @@ def plan(
     devices = Apart(towers, compiler, params, **sizes) if towers.split else Together(context, compiler, params, **sizes)
     devices.feed(_piece(bench, piece_of(bench, wish.context)))
     devices.seat(np.full(CANCELLED, EMPTY, np.int32))
-    devices.write(wish.mode, draws=False)
+    devices.write(wish.mode, Kinds(rules=("threshold",)))
     if towers.split:
         devices.seat(np.full(CANCELLED, EMPTY, np.int32))  # by which the denoiser's devices follow
     made = compiler.compiled

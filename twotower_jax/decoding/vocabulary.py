@@ -64,6 +64,13 @@ class Vocabulary:
         value = jnp.take_along_axis(logits, jnp.where(here, place, 0)[..., None], axis=-1)[..., 0]
         return self._all(jnp.where(here, value, -jnp.inf)).max(0)
 
+    def add(self, logits: jax.Array, tokens: jax.Array, values: jax.Array) -> jax.Array:
+        """logits (B, S, V) with values (B, S, n) added to those of tokens (B, S, n)."""
+        place = tokens - self._first(logits)
+        place = jnp.where(place < 0, logits.shape[-1], place)  # negative ones would count from the end
+        rows, positions = jnp.ogrid[: logits.shape[0], : logits.shape[1]]
+        return logits.at[rows[..., None], positions[..., None], place].add(values, mode="drop")
+
     def probability(self, logits: jax.Array, token: jax.Array) -> jax.Array:
         """Of tokens (...) under softmax(logits): (...) float32."""
         top = self.max(logits)

@@ -11,7 +11,7 @@ import numpy as np
 
 from twotower_jax import sharding, two_tower
 from twotower_jax.engine import steps, verified
-from twotower_jax.engine.rows import Bench, News, Piece, Slots, empty_bench, empty_slots
+from twotower_jax.engine.rows import Bench, Kinds, News, Piece, Slots, empty_bench, empty_slots
 from twotower_jax.placement import Group, Towers
 from twotower_jax.programs import Program, Programs
 from twotower_jax.sharding import ROWS, WHOLE
@@ -28,8 +28,8 @@ class Devices(Protocol):
     def seat(self, cancelled: np.ndarray) -> None:
         """See `steps.seat`."""
 
-    def write(self, mode: str, draws: bool) -> list[News]:
-        """Has the rows of a mode write, of which some may draw, or none does; the news, on the devices."""
+    def write(self, mode: str, kinds: Kinds) -> list[News]:
+        """Has the rows of a mode write, that may ask all this; the news, on the devices."""
 
     def fetch(self, news: News) -> News:
         """The news on the host."""
@@ -45,7 +45,7 @@ class _Place:
         self.group, self._programs, self._what = group, programs, what
         states = sharding.state_spec(group.whole)
         self.bench_spec = Bench(rows=ROWS, waiting=ROWS, state=states)
-        self.slots_spec = Slots(rows=ROWS, state=states, block=ROWS, begun=ROWS)
+        self.slots_spec = Slots(rows=ROWS, state=states, block=ROWS, begun=ROWS, gain=ROWS)
         shards = group.row_shards
         self.bench = self.run(Program(empty_bench, (), self.bench_spec), rows=bench // shards, **arrays)
         sizes = {"rows": slots // shards, "block_size": block_size}
@@ -90,13 +90,13 @@ class Together:
         here, context = self._place, {"context": self._params["context"]}
         here.bench = here.run(self._feed, context, here.bench, here.group.put(piece, ROWS))
 
-    def write(self, mode: str, draws: bool) -> list[News]:
+    def write(self, mode: str, kinds: Kinds) -> list[News]:
         here = self._place
         if mode in self._blocks:
-            numbers, sizes = (self._share, self._mask_id), {"draws": draws, "most": self._most}
+            numbers, sizes = (self._share, self._mask_id), {"kinds": kinds, "most": self._most}
             here.slots, news = here.run(self._blocks[mode], self._params, here.slots, *numbers, **sizes)
         else:
-            sizes = {"mode": mode, "tokens": TOKENS, "draws": draws}
+            sizes = {"mode": mode, "tokens": TOKENS, "kinds": kinds}
             here.slots, news = here.run(self._write, self._params, here.slots, self._share, **sizes)
         return [news]
 
@@ -157,10 +157,10 @@ class Apart:
         self._there.seat(cancelled)
         self._here.seat(cancelled)
 
-    def write(self, mode: str, draws: bool) -> list[News]:
+    def write(self, mode: str, kinds: Kinds) -> list[News]:
         there, here = self._there, self._here
         if mode == "ar":
-            sizes = {"mode": mode, "tokens": TOKENS, "draws": draws}
+            sizes = {"mode": mode, "tokens": TOKENS, "kinds": kinds}
             there.slots, news = there.run(self._write, self._context, there.slots, self._share_there, **sizes)
             ticket = self._towers.move(there.slots.rows.ticket, ROWS, here.group)
 
@@ -171,23 +171,23 @@ class Apart:
             return [news]
         self._catch_up()
         if mode == "diffusion":
-            numbers, sizes = (self._share, self._mask_id), {"draws": draws, "most": self._most}
+            numbers, sizes = (self._share, self._mask_id), {"kinds": kinds, "most": self._most}
             here.slots, news, reads = here.run(self._denoise, self._denoiser, here.slots, *numbers, **sizes)
             self._send(here.slots.block.tokens, reads, self._most)
             return [news]
         if mode == "verified":
-            return [self._write_verified(draws)]
+            return [self._write_verified(kinds)]
         heard = []
         for _ in range(TOKENS):
             self._catch_up()
-            here.slots, news, last, reads = here.run(self._mock, self._denoiser, here.slots, draws=draws)
+            here.slots, news, last, reads = here.run(self._mock, self._denoiser, here.slots, kinds=kinds)
             self._send(last, reads, last.shape[0] // here.group.row_shards)
             heard.append(news)
         return heard
 
-    def _write_verified(self, draws: bool) -> News:
+    def _write_verified(self, kinds: Kinds) -> News:
         there, here = self._there, self._here
-        numbers, sizes = (self._share, self._mask_id), {"draws": draws, "most": self._most}
+        numbers, sizes = (self._share, self._mask_id), {"kinds": kinds, "most": self._most}
         here.slots, *drafts = here.run(self._draft, self._denoiser, here.slots, *numbers, **sizes)
         told = (here.slots.block.tokens, *drafts, here.slots.rows.ticket)
         came = self._towers.move(told, ROWS, there.group)

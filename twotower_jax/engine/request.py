@@ -7,6 +7,7 @@ import numpy as np
 
 from twotower_jax import inputs
 from twotower_jax.decoding import MODES
+from twotower_jax.decoding.unmasking import DEFAULT, Choice, chosen
 from twotower_jax.errors import InputError
 
 STOP_IDS = 16  # ids that may end a row
@@ -23,8 +24,10 @@ class Request:
       max_new_tokens: need not be a multiple of the block size.
       block_size: diffusion, verified: positions denoised together, at most the engine's.
       steps_per_block: diffusion: most denoiser passes a block.
-      confidence_threshold: diffusion, verified: predictions above this probability are committed, in [0, 1].
-      draft_passes: verified: most denoiser passes a block.
+      unmasking: diffusion, verified: which predictions a pass commits, `NAME` or `NAME=NUMBER`; see
+        `decoding.unmasking`.
+      confidence_threshold: short for `threshold=`: predictions above this probability are committed, in [0, 1].
+      draft_passes: verified: denoiser passes a block, at most; None: as many as pay.
       accept_probability: verified: drafts that AR gives at least this probability are accepted, too; with None the
         text is AR's own.
       temperature: 0 is greedy.
@@ -39,8 +42,9 @@ class Request:
     max_new_tokens: int = 128
     block_size: int = 16
     steps_per_block: int = 16
-    confidence_threshold: float = 0.8
-    draft_passes: int = 2
+    unmasking: str | None = None
+    confidence_threshold: float | None = None
+    draft_passes: int | None = None
     accept_probability: float | None = None
     temperature: float = 0.0
     top_k: int | None = None
@@ -50,7 +54,8 @@ class Request:
     row: int = 0
 
     def checked(self, vocab_size: int, two_towers: bool) -> "Request":
-        """The request with its prompt as an array (L,) int32, and its stop ids as one.
+        """The request with its prompt as an array (L,) int32, its stop ids as one, and its rule as a
+        `decoding.unmasking.Choice`.
 
         Raises:
           InputError: what is wrong, in one line.
@@ -62,9 +67,9 @@ class Request:
         eos = inputs.stop_ids(self.eos_token_id, vocab_size)
         if len(eos) > STOP_IDS:
             raise InputError(f"eos_token_id has {len(eos)} ids; at most {STOP_IDS} can end a row")
-        inputs.number("confidence_threshold", self.confidence_threshold, 0, 1)
         inputs.whole("steps_per_block", self.steps_per_block, 1, 2**31 - 1)
-        inputs.whole("draft_passes", self.draft_passes, 1, 2**31 - 1)
+        if self.draft_passes is not None:
+            inputs.whole("draft_passes", self.draft_passes, 1, 2**31 - 1)
         if self.accept_probability is not None:
             inputs.number("accept_probability", self.accept_probability, 0, 1, open_low=True)
         temperature, top_k, top_p = inputs.sampling(self.temperature, self.top_k, self.top_p)
@@ -73,6 +78,7 @@ class Request:
             prompt=inputs.token_ids("prompt", self.prompt, vocab_size),
             max_new_tokens=inputs.whole("max_new_tokens", self.max_new_tokens, 0, 2**30),
             block_size=inputs.whole("block_size", self.block_size, 1, 2**16),
+            unmasking=self._rule(),
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
@@ -80,6 +86,14 @@ class Request:
             seed=inputs.whole("seed", self.seed, 0, 2**32 - 1),
             row=inputs.whole("row", self.row, 0, 2**31 - 1),
         )
+
+    def _rule(self) -> Choice:
+        if self.confidence_threshold is None:
+            return chosen(DEFAULT if self.unmasking is None else self.unmasking)
+        if self.unmasking is not None:
+            raise InputError("confidence_threshold is the rule threshold's; give it or unmasking, not both")
+        bound = inputs.number("confidence_threshold", self.confidence_threshold, 0, 1)
+        return Choice("threshold", bound, 0.0)
 
     @property
     def read_first(self) -> int:

@@ -1,5 +1,6 @@
 """Rows on the devices: what is asked of each, how far it is, and the context's state of it."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -9,12 +10,31 @@ from flax import struct
 
 from twotower_jax.config import Config
 from twotower_jax.decoding import MODES
-from twotower_jax.decoding.diffusion import Block
+from twotower_jax.decoding.block import Block, masked_block
 from twotower_jax.decoding.sampling import ALL, Sampler, position_keys, row_keys
+from twotower_jax.decoding.unmasking import NAMES, Unmasking
 from twotower_jax.engine.request import STOP_IDS, Request
 from twotower_jax.state import TowerState, empty_state
 
 EMPTY = -1  # the ticket of a place that no row has
+
+
+@dataclasses.dataclass(frozen=True)
+class Kinds:
+    """What rows may ask that programs are compiled for.
+
+    Attributes:
+      draws: whether a row may have a temperature.
+      rules: of unmasking that a row may have.
+    """
+
+    draws: bool = False
+    rules: tuple[str, ...] = ()
+
+    def including(self, request: Request) -> "Kinds":
+        """With what a checked request asks."""
+        rules = {*self.rules, request.unmasking.rule} if request.block > 1 else self.rules
+        return Kinds(self.draws or request.temperature > 0, tuple(sorted(rules, key=NAMES.index)))
 
 
 @struct.dataclass
@@ -27,9 +47,9 @@ class Rows:
       count: tokens of the prompt.
       limit: new tokens.
       size: of a block.
-      steps: most denoiser passes a block.
-      threshold: float32.
-      draft: most denoiser passes of a draft.
+      steps: most denoiser passes a block, or of a draft; 0 in a draft: as many as pay.
+      rule: an index of `unmasking.NAMES`.
+      bound, doubt: float32, the rule's.
       accept: float32, the probability from which a draft is accepted; above 1 it must be AR's own token.
       temperature, top_p: float32.
       top_k: see `Sampler`.
@@ -46,8 +66,9 @@ class Rows:
     limit: jax.Array
     size: jax.Array
     steps: jax.Array
-    threshold: jax.Array
-    draft: jax.Array
+    rule: jax.Array
+    bound: jax.Array
+    doubt: jax.Array
     accept: jax.Array
     temperature: jax.Array
     top_p: jax.Array
@@ -67,9 +88,13 @@ class Rows:
         positions = (self.count + self.written)[:, None] + jnp.arange(size) - last
         return position_keys(row_keys(self.seed, self.number), positions)
 
-    def sampler(self, draws: bool) -> Sampler:
-        """Of rows of which some may draw, or none does."""
-        return Sampler(self.temperature, self.top_k, self.top_p, draws)
+    def sampler(self, kinds: Kinds) -> Sampler:
+        """What draws the rows' tokens."""
+        return Sampler(self.temperature, self.top_k, self.top_p, kinds.draws)
+
+    def unmasking(self, kinds: Kinds) -> Unmasking:
+        """What commits them."""
+        return Unmasking(self.bound, self.steps, self.rule, self.doubt, kinds.rules)
 
     def ends(self, tokens: jax.Array) -> jax.Array:
         """Which of the tokens (n, L) end their row, (n, L) bool."""
@@ -92,9 +117,10 @@ def as_rows(requests: Sequence[Request | None], tickets: Sequence[int]) -> Rows:
         count=column(lambda r: len(r.prompt), np.int32),
         limit=column(lambda r: r.max_new_tokens, np.int32),
         size=column(lambda r: r.block_size, np.int32, 1),
-        steps=column(lambda r: r.steps_per_block, np.int32, 1),
-        threshold=column(lambda r: r.confidence_threshold, np.float32),
-        draft=column(lambda r: r.draft_passes, np.int32, 1),
+        steps=column(lambda r: (r.draft_passes or 0) if r.mode == "verified" else r.steps_per_block, np.int32, 1),
+        rule=column(lambda r: NAMES.index(r.unmasking.rule), np.int32),
+        bound=column(lambda r: r.unmasking.bound, np.float32),
+        doubt=column(lambda r: r.unmasking.doubt, np.float32),
         accept=column(lambda r: 2 if r.accept_probability is None else r.accept_probability, np.float32, 2),
         temperature=column(lambda r: r.temperature, np.float32),
         top_p=column(lambda r: 2 if r.top_p is None else r.top_p, np.float32, 2),
@@ -150,12 +176,14 @@ class Slots:
       state: the context's, before each row's block.
       block: the blocks, of rows that are denoised.
       begun: (B,) bool, rows whose block is being denoised.
+      gain: (B,) float32, see `decoding.drafting`.
     """
 
     rows: Rows
     state: TowerState
     block: Block
     begun: jax.Array
+    gain: jax.Array
 
 
 @struct.dataclass
@@ -188,16 +216,9 @@ def empty_bench(config: Config, rows: int, capacity: int, dtype: jnp.dtype) -> B
 
 def empty_slots(config: Config, rows: int, capacity: int, block_size: int, dtype: jnp.dtype) -> Slots:
     """With no rows."""
-    shape, none, no = (rows, block_size), jnp.zeros(rows, jnp.int32), jnp.zeros(rows, bool)
-    block = Block(
-        tokens=jnp.zeros(shape, jnp.int32),
-        masked=jnp.zeros(shape, bool),
-        confidence=jnp.zeros(shape, jnp.float32),
-        step=none,
-        failed=no,
-        size=none + 1,
-    )
-    return Slots(_no_rows(rows), empty_state(config, rows, capacity, dtype), block, no)
+    no = jnp.zeros(rows, bool)
+    block = masked_block(no, jnp.ones(rows, jnp.int32), block_size, mask_id=0)
+    return Slots(_no_rows(rows), empty_state(config, rows, capacity, dtype), block, no, jnp.zeros(rows, jnp.float32))
 
 
 def _no_rows(count: int) -> Rows:

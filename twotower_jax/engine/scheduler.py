@@ -11,7 +11,7 @@ import numpy as np
 from twotower_jax.decoding import MODES
 from twotower_jax.engine.devices import Apart, Devices, Together
 from twotower_jax.engine.request import Event, Request, cut
-from twotower_jax.engine.rows import EMPTY, News, Piece, as_rows
+from twotower_jax.engine.rows import EMPTY, Kinds, News, Piece, as_rows
 from twotower_jax.engine.sizes import lanes_of, piece_of
 from twotower_jax.errors import InputError
 from twotower_jax.placement import Towers
@@ -49,7 +49,7 @@ class Row:
             "diffusion": (self.denoised, 1 + self.committed),
             "ar": (0, self.denoised),
             "mock-ar": (self.denoised, 1 + self.denoised),
-            "verified": (self.denoised, 1 + self.rounds),
+            "verified": (self.denoised, self.rounds),
         }[self.request.mode]
 
 
@@ -129,7 +129,7 @@ class Engine:
         where = towers if towers.split else towers.context
         self._lanes = [_Lane(made(where, programs, params, **sizes), [EMPTY] * self._lane_bench) for _ in range(lanes)]
         self._rows: dict[int, Row] = {}  # by ticket
-        self._draws = False  # whether a request had a temperature
+        self._kinds = Kinds()
         self._tickets: dict[Hashable, int] = {}
         self._next = 0
 
@@ -146,7 +146,7 @@ class Engine:
                 modes = self._modes(lane)
                 if modes:
                     self._seat(lane)
-                    news = [part for mode in modes for part in lane.devices.write(mode, self._draws)]
+                    news = [part for mode in modes for part in lane.devices.write(mode, self._kinds)]
                     for leaf in jax.tree.leaves(news):
                         if leaf.is_fully_addressable:
                             leaf.copy_to_host_async()
@@ -192,7 +192,7 @@ class Engine:
                     continue
                 ticket, self._next = self._next, (self._next + 1) % (2**31 - 1)
                 self._rows[ticket] = Row(request, lane)
-                self._draws |= request.temperature > 0
+                self._kinds = self._kinds.including(request)
                 self._tickets[request.key] = ticket
                 lane.places[place] = ticket
 

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 
 from twotower_jax import two_tower
 from twotower_jax.config import Config
-from twotower_jax.decoding.diffusion import Block, Diffusion, denoise_step, masked_block
-from twotower_jax.decoding.unmasking import ThresholdUnmasking
+from twotower_jax.decoding.block import Block, masked_block
+from twotower_jax.decoding.diffusion import Diffusion, denoise_step
 from twotower_jax.decoding.vocabulary import Vocabulary
-from twotower_jax.engine.rows import EMPTY, Bench, News, Piece, Rows, Slots
+from twotower_jax.engine.rows import EMPTY, Bench, Kinds, News, Piece, Rows, Slots
 from twotower_jax.layers.collectives import any_row, row_sum
 from twotower_jax.state import TowerState
 
@@ -84,7 +84,7 @@ def seat(config: Config, bench: Bench, slots: Slots, cancelled: jax.Array) -> tu
 
 
 def denoise(
-    config: Config, params: dict, slots: Slots, share: jax.Array, mask_id: jax.Array, *, draws: bool, most: int
+    config: Config, params: dict, slots: Slots, share: jax.Array, mask_id: jax.Array, *, kinds: Kinds, most: int
 ) -> tuple[Slots, News, jax.Array]:
     """Denoises until enough rows have a full block.
 
@@ -94,7 +94,7 @@ def denoise(
       slots: before.
       share: () float32 of the rows that are denoised is enough.
       mask_id: () int32, the token that stands for a masked position.
-      draws: whether a row may have a temperature.
+      kinds: what rows may ask.
       most: full blocks of a device that end with this round; others wait for the next, in which they come first.
 
     Returns:
@@ -103,7 +103,7 @@ def denoise(
     """
     rows, width = slots.rows, slots.block.tokens.shape[1]
     own = rows.of_mode("diffusion")
-    rules = Diffusion(rows.sampler(draws), ThresholdUnmasking(rows.threshold, rows.steps), mask_id)
+    rules = Diffusion(rows.sampler(kinds), rows.unmasking(kinds), mask_id)
     fresh = masked_block(own & ~slots.begun, rows.size, width, mask_id)
     block, done = filled(config, params, rules, slots, own, fresh, rows.keys(width), share, most)
     failed = done & block.failed
@@ -120,7 +120,7 @@ def denoise(
     )
     reads = jnp.where(done & ~ended, rows.size, 0)
     rows = rows.replace(ticket=jnp.where(ended, EMPTY, rows.ticket), written=rows.written + reads)
-    return Slots(rows, slots.state, block, (slots.begun | own) & ~done), news, reads
+    return slots.replace(rows=rows, block=block, begun=(slots.begun | own) & ~done), news, reads
 
 
 def filled(
@@ -145,7 +145,8 @@ def filled(
       keys: (B, S), see `denoise_step`.
     """
     block = _chosen(own & ~slots.begun, fresh, slots.block)
-    block = block.replace(masked=block.masked & own[:, None])
+    masked = block.masked
+    block = block.replace(masked=masked & own[:, None])
     enough = jnp.ceil(share * row_sum(own, config))
 
     def full(block: Block) -> jax.Array:
@@ -156,6 +157,7 @@ def filled(
 
     waited = full(block)
     block = jax.lax.while_loop(more, lambda block: denoise_step(config, params, rules, slots.state, block, keys), block)
+    block = block.replace(masked=jnp.where(own[:, None], block.masked, masked))
     done = full(block)
     order = jnp.argsort(jnp.where(waited, 0, jnp.where(done, 1, 2)), stable=True)
     return block, done & (jnp.argsort(order) < most)
@@ -181,16 +183,16 @@ def read(
 
 
 def denoise_and_read(
-    config: Config, params: dict, slots: Slots, share: jax.Array, mask_id: jax.Array, *, draws: bool, most: int
+    config: Config, params: dict, slots: Slots, share: jax.Array, mask_id: jax.Array, *, kinds: Kinds, most: int
 ) -> tuple[Slots, News]:
     """`denoise`, and `read` of the blocks that are full."""
-    slots, news, reads = denoise(config, params, slots, share, mask_id, draws=draws, most=most)
+    slots, news, reads = denoise(config, params, slots, share, mask_id, kinds=kinds, most=most)
     state, _ = read(config, params, slots.state, slots.block.tokens, reads, most)
     return slots.replace(state=state), news
 
 
 def write(
-    config: Config, params: dict, slots: Slots, share: jax.Array, *, mode: str, tokens: int, draws: bool
+    config: Config, params: dict, slots: Slots, share: jax.Array, *, mode: str, tokens: int, kinds: Kinds
 ) -> tuple[Slots, News]:
     """Rows of `ar` or `mock-ar` write so many tokens, one at a time, or until enough of them have ended.
 
@@ -201,7 +203,7 @@ def write(
       share: () float32 of the rows is enough.
       mode: which of the two.
       tokens: that are written at most.
-      draws: whether a row may have a temperature.
+      kinds: what rows may ask.
     """
     own = slots.rows.of_mode(mode)
     enough = jnp.ceil(share * row_sum(own, config))
@@ -215,7 +217,7 @@ def write(
         turn, rows, state, news = carry
         active = own & ~news.ended
         logits, state = _next_logits(config, params, state, rows.last, active, mode)
-        rows, news = _add(config, rows, news, logits, active, turn, draws)
+        rows, news = _add(config, rows, news, logits, active, turn, kinds)
         return turn + 1, rows, state, news
 
     _, rows, state, news = jax.lax.while_loop(
@@ -224,7 +226,9 @@ def write(
     return slots.replace(rows=_left(rows, news), state=state), news
 
 
-def write_apart(config: Config, params: dict, slots: Slots, *, draws: bool) -> tuple[Slots, News, jax.Array, jax.Array]:
+def write_apart(
+    config: Config, params: dict, slots: Slots, *, kinds: Kinds
+) -> tuple[Slots, News, jax.Array, jax.Array]:
     """The denoiser writes one token of the rows of `mock-ar`.
 
     Returns:
@@ -232,7 +236,7 @@ def write_apart(config: Config, params: dict, slots: Slots, *, draws: bool) -> t
     """
     active, last = slots.rows.of_mode("mock-ar"), slots.rows.last[:, None]
     logits = two_tower.denoise(config, params, slots.state, last, t=None)
-    rows, news = _add(config, slots.rows, no_news(slots.rows.ticket, 1), logits, active, 0, draws)
+    rows, news = _add(config, slots.rows, no_news(slots.rows.ticket, 1), logits, active, 0, kinds)
     return slots.replace(rows=_left(rows, news)), news, last, (active & ~news.ended).astype(jnp.int32)
 
 
@@ -243,11 +247,11 @@ def no_news(ticket: jax.Array, tokens: int) -> News:
 
 
 def _add(
-    config: Config, rows: Rows, news: News, logits: jax.Array, active: jax.Array, turn: jax.Array | int, draws: bool
+    config: Config, rows: Rows, news: News, logits: jax.Array, active: jax.Array, turn: jax.Array | int, kinds: Kinds
 ) -> tuple[Rows, News]:
     """With the next token of the active rows, drawn from logits (B, 1, V), at a place of the news."""
     vocabulary = Vocabulary(config.shards.tensor)
-    drawn = rows.sampler(draws).predict(logits, rows.keys(1), vocabulary)
+    drawn = rows.sampler(kinds).predict(logits, rows.keys(1), vocabulary)
     failed = active & vocabulary.broken(logits)
     fine = active & ~failed
     ended = fine & (rows.ends(drawn)[:, 0] | (rows.written + 1 >= rows.limit))

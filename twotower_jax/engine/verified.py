@@ -12,17 +12,18 @@ import jax.numpy as jnp
 
 from twotower_jax import two_tower
 from twotower_jax.config import Config
-from twotower_jax.decoding.diffusion import Diffusion, masked_block
-from twotower_jax.decoding.unmasking import ThresholdUnmasking
+from twotower_jax.decoding.block import masked_block
+from twotower_jax.decoding.diffusion import Diffusion
+from twotower_jax.decoding.drafting import GAIN, Drafting
 from twotower_jax.decoding.vocabulary import Vocabulary
-from twotower_jax.engine.rows import EMPTY, News, Rows, Slots
+from twotower_jax.engine.rows import EMPTY, Kinds, News, Rows, Slots
 from twotower_jax.engine.steps import filled, no_news, when
 from twotower_jax.layers.collectives import any_row
 from twotower_jax.state import TowerState
 
 
 def draft(
-    config: Config, params: dict, slots: Slots, share: jax.Array, mask_id: jax.Array, *, draws: bool, most: int
+    config: Config, params: dict, slots: Slots, share: jax.Array, mask_id: jax.Array, *, kinds: Kinds, most: int
 ) -> tuple[Slots, jax.Array, jax.Array]:
     """Drafts blocks until enough rows have a full one; arguments as for `steps.denoise`.
 
@@ -35,16 +36,21 @@ def draft(
     """
     rows, width = slots.rows, slots.block.tokens.shape[1]
     own = rows.of_mode("verified")
-    rules = Diffusion(rows.sampler(draws), ThresholdUnmasking(rows.threshold, rows.draft), mask_id)
-    fresh = masked_block(own & ~slots.begun, rows.size, width, mask_id)
+    pays = rows.steps == 0
+    unmasking = rows.unmasking(kinds).replace(steps=jnp.where(pays, width, rows.steps))
+    begins = rows.written == 0
+    drafting = Drafting(unmasking, pays, jnp.where(begins, GAIN, slots.gain), rows.ends)
+    rules = Diffusion(rows.sampler(kinds), drafting, mask_id)
+    size = jnp.where(begins, 1, rows.size)  # the first token is AR's: drafts begin where an answer does
+    fresh = masked_block(own & ~slots.begun, size, width, mask_id)
     fresh = fresh.replace(
         tokens=fresh.tokens.at[:, 0].set(rows.last),
         masked=fresh.masked.at[:, 0].set(False),
         confidence=fresh.confidence.at[:, 0].set(1),
     )
     block, done = filled(config, params, rules, slots, own, fresh, rows.keys(width, last=True), share, most)
-    slots = slots.replace(block=block, begun=(slots.begun | own) & ~done)
-    return slots, jnp.where(done, rows.size, 0), jnp.where(done, block.step, 0)
+    slots = slots.replace(block=block, begun=(slots.begun | own) & ~done, gain=drafting.learned(block, own & done))
+    return slots, jnp.where(done, block.size, 0), jnp.where(done, block.step, 0)
 
 
 def verify(
@@ -55,7 +61,7 @@ def verify(
     count: jax.Array,
     passes: jax.Array,
     *,
-    draws: bool,
+    kinds: Kinds,
     most: int,
 ) -> tuple[Slots, News, jax.Array]:
     """The context tower reads drafts, and keeps what AR would have written.
@@ -67,7 +73,7 @@ def verify(
       tokens: (B, S) int32, each row's last token and what is drafted after it.
       count: (B,) int32, positions to be verified, 0 but for `most` rows.
       passes: (B,) int32, that the drafts took.
-      draws: whether a row may have a temperature.
+      kinds: what rows may ask.
       most: see `steps.read`.
 
     Returns:
@@ -85,7 +91,7 @@ def verify(
         with jax.named_scope("verify"):
             hidden, probed = two_tower.probe(config, params, before, drafted, n)
             logits = two_tower.context_head(params, hidden)
-            kept, found = _judged(config, mine, drafted, n, logits, draws)
+            kept, found = _judged(config, mine, drafted, n, logits, kinds)
             found = found.replace(forwards=jnp.where(n > 0, _of(chosen, passes), 0))
             changed = two_tower.news(two_tower.settle(before, probed, kept), before.length, tokens.shape[1])
         last = jnp.take_along_axis(found.tokens, jnp.maximum(kept - 1, 0)[:, None], axis=1)[:, 0]
@@ -98,7 +104,7 @@ def verify(
 
 
 def verify_apart(
-    config: Config, params: dict, slots: Slots, told: tuple, *, draws: bool, most: int
+    config: Config, params: dict, slots: Slots, told: tuple, *, kinds: Kinds, most: int
 ) -> tuple[Slots, News, jax.Array, Rows, TowerState]:
     """`verify` of what the denoiser's devices sent: tokens, count, passes and the tickets (B,) there.
 
@@ -109,7 +115,7 @@ def verify_apart(
     *drafts, ticket = told
     before = slots.state.length
     slots = slots.replace(rows=slots.rows.replace(ticket=ticket))
-    slots, news, chosen = verify(config, params, slots, *drafts, draws=draws, most=most)
+    slots, news, chosen = verify(config, params, slots, *drafts, kinds=kinds, most=most)
     rows, state, before = _of(chosen, (slots.rows, slots.state, before))
     return slots, news, chosen, rows, two_tower.news(state, before, drafts[0].shape[1])
 
@@ -121,7 +127,7 @@ def heed(config: Config, slots: Slots, chosen: jax.Array, rows: Rows, came: Towe
 
 
 def _judged(
-    config: Config, rows: Rows, drafted: jax.Array, count: jax.Array, logits: jax.Array, draws: bool
+    config: Config, rows: Rows, drafted: jax.Array, count: jax.Array, logits: jax.Array, kinds: Kinds
 ) -> tuple[jax.Array, News]:
     """How many positions of each row's block are kept, (n,), and what is written: as many tokens.
 
@@ -131,10 +137,10 @@ def _judged(
       drafted: (n, S) int32, the block.
       count: (n,) int32, its positions.
       logits: (n, S, V) float32, after each.
-      draws: see `verify`.
+      kinds: see `verify`.
     """
     vocabulary, width = Vocabulary(config.shards.tensor), drafted.shape[1]
-    wanted = rows.sampler(draws).predict(logits, rows.keys(width), vocabulary)
+    wanted = rows.sampler(kinds).predict(logits, rows.keys(width), vocabulary)
     after = jnp.pad(drafted[:, 1:], [(0, 0), (0, 1)])
     likely = vocabulary.probability(logits, after) >= rows.accept[:, None]
     place = jnp.arange(width)
@@ -166,9 +172,9 @@ def _of(rows: jax.Array, tree: Any) -> Any:
 
 
 def draft_and_verify(
-    config: Config, params: dict, slots: Slots, share: jax.Array, mask_id: jax.Array, *, draws: bool, most: int
+    config: Config, params: dict, slots: Slots, share: jax.Array, mask_id: jax.Array, *, kinds: Kinds, most: int
 ) -> tuple[Slots, News]:
     """`draft`, and `verify` of the blocks that are full."""
-    slots, *drafts = draft(config, params, slots, share, mask_id, draws=draws, most=most)
-    slots, news, _ = verify(config, params, slots, slots.block.tokens, *drafts, draws=draws, most=most)
+    slots, *drafts = draft(config, params, slots, share, mask_id, kinds=kinds, most=most)
+    slots, news, _ = verify(config, params, slots, slots.block.tokens, *drafts, kinds=kinds, most=most)
     return slots, news
