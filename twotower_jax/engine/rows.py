@@ -177,6 +177,8 @@ class Slots:
       block: the blocks, of rows that are denoised.
       begun: (B,) bool, rows whose block is being denoised.
       gain: (B,) float32, see `decoding.drafting`.
+      held: (B, S) int32, what the last draft has right after a token that was wrong, up to the row's end, where it goes
+        in the next draft; EMPTY elsewhere.
     """
 
     rows: Rows
@@ -184,6 +186,7 @@ class Slots:
     block: Block
     begun: jax.Array
     gain: jax.Array
+    held: jax.Array
 
 
 @struct.dataclass
@@ -216,9 +219,9 @@ def empty_bench(config: Config, rows: int, capacity: int, dtype: jnp.dtype) -> B
 
 def empty_slots(config: Config, rows: int, capacity: int, block_size: int, dtype: jnp.dtype) -> Slots:
     """With no rows."""
-    no = jnp.zeros(rows, bool)
+    no, gain, held = jnp.zeros(rows, bool), jnp.zeros(rows, jnp.float32), jnp.full((rows, block_size), EMPTY, jnp.int32)
     block = masked_block(no, jnp.ones(rows, jnp.int32), block_size, mask_id=0)
-    return Slots(_no_rows(rows), empty_state(config, rows, capacity, dtype), block, no, jnp.zeros(rows, jnp.float32))
+    return Slots(_no_rows(rows), empty_state(config, rows, capacity, dtype), block, no, gain, held)
 
 
 def _no_rows(count: int) -> Rows:

@@ -43,9 +43,10 @@ def draft(
     rules = Diffusion(rows.sampler(kinds), drafting, mask_id)
     size = jnp.where(begins, 1, rows.size)  # the first token is AR's: drafts begin where an answer does
     fresh = masked_block(own & ~slots.begun, size, width, mask_id)
+    held = ~begins[:, None] & (slots.held != EMPTY)
     fresh = fresh.replace(
-        tokens=fresh.tokens.at[:, 0].set(rows.last),
-        masked=fresh.masked.at[:, 0].set(False),
+        tokens=jnp.where(held, slots.held, fresh.tokens).at[:, 0].set(rows.last),
+        masked=(fresh.masked & ~held.any(1, keepdims=True)).at[:, 0].set(False),
         confidence=fresh.confidence.at[:, 0].set(1),
     )
     block, done = filled(config, params, rules, slots, own, fresh, rows.keys(width, last=True), share, most)
@@ -86,50 +87,51 @@ def verify(
         return jax.tree.map(lambda x, y: x.at[chosen].set(y, mode="drop"), into, new)
 
     def checked(carry: tuple) -> tuple:
-        rows, news, state = carry
+        rows, news, state, held = carry
         before, mine, drafted = _of(chosen, (state, rows, tokens))
         with jax.named_scope("verify"):
             hidden, probed = two_tower.probe(config, params, before, drafted, n)
             logits = two_tower.context_head(params, hidden)
-            kept, found = _judged(config, mine, drafted, n, logits, kinds)
+            kept, found, right = _judged(config, mine, drafted, n, logits, kinds)
             found = found.replace(forwards=jnp.where(n > 0, _of(chosen, passes), 0))
             changed = two_tower.news(two_tower.settle(before, probed, kept), before.length, tokens.shape[1])
         last = jnp.take_along_axis(found.tokens, jnp.maximum(kept - 1, 0)[:, None], axis=1)[:, 0]
         mine = mine.replace(ticket=jnp.where(found.ended, EMPTY, mine.ticket), last=last, written=mine.written + kept)
-        return put(rows, mine), put(news, found), two_tower.absorb(state, changed, chosen)
+        return put(rows, mine), put(news, found), two_tower.absorb(state, changed, chosen), put(held, right)
 
-    start = (slots.rows, no_news(slots.rows.ticket, tokens.shape[1]), slots.state)
-    rows, news, state = when(any_row(count > 0, config), checked, start)
-    return slots.replace(rows=rows, state=state), news, chosen
+    start = (slots.rows, no_news(slots.rows.ticket, tokens.shape[1]), slots.state, slots.held)
+    rows, news, state, held = when(any_row(count > 0, config), checked, start)
+    return slots.replace(rows=rows, state=state, held=held), news, chosen
 
 
 def verify_apart(
     config: Config, params: dict, slots: Slots, told: tuple, *, kinds: Kinds, most: int
-) -> tuple[Slots, News, jax.Array, Rows, TowerState]:
+) -> tuple[Slots, News, jax.Array, tuple, TowerState]:
     """`verify` of what the denoiser's devices sent: tokens, count, passes and the tickets (B,) there.
 
     Returns:
-      the slots and the news; and for `heed` the numbers of the rows that were read, these rows, and what is new in
-      their state.
+      the slots and the news; and for `heed` the numbers of the rows that were read, these rows and what is held for
+      them, and what is new in their state.
     """
     *drafts, ticket = told
     before = slots.state.length
     slots = slots.replace(rows=slots.rows.replace(ticket=ticket))
     slots, news, chosen = verify(config, params, slots, *drafts, kinds=kinds, most=most)
-    rows, state, before = _of(chosen, (slots.rows, slots.state, before))
-    return slots, news, chosen, rows, two_tower.news(state, before, drafts[0].shape[1])
+    found, state, before = _of(chosen, ((slots.rows, slots.held), slots.state, before))
+    return slots, news, chosen, found, two_tower.news(state, before, drafts[0].shape[1])
 
 
-def heed(config: Config, slots: Slots, chosen: jax.Array, rows: Rows, came: TowerState) -> Slots:
+def heed(config: Config, slots: Slots, chosen: jax.Array, found: tuple, came: TowerState) -> Slots:
     """What `verify_apart` found, on the denoiser's devices."""
-    rows = jax.tree.map(lambda x, y: x.at[chosen].set(y, mode="drop"), slots.rows, rows)
-    return slots.replace(rows=rows, state=two_tower.absorb(slots.state, came, chosen))
+    own = (slots.rows, slots.held)
+    rows, held = jax.tree.map(lambda x, y: x.at[chosen].set(y, mode="drop"), own, found)
+    return slots.replace(rows=rows, held=held, state=two_tower.absorb(slots.state, came, chosen))
 
 
 def _judged(
     config: Config, rows: Rows, drafted: jax.Array, count: jax.Array, logits: jax.Array, kinds: Kinds
-) -> tuple[jax.Array, News]:
-    """How many positions of each row's block are kept, (n,), and what is written: as many tokens.
+) -> tuple[jax.Array, News, jax.Array]:
+    """How many positions of each row's block are kept, (n,), what is written: as many tokens, and what is held (n, S).
 
     Args:
       config: dimensions.
@@ -163,7 +165,21 @@ def _judged(
         ended=(count > 0) & (failed | stopped | (rows.written + kept >= rows.limit)),
         failed=failed,
     )
-    return kept, news
+    return kept, news, _held(rows, jnp.where(agree, after, EMPTY), kept)
+
+
+def _held(rows: Rows, right: jax.Array, kept: jax.Array) -> jax.Array:
+    """See `Slots.held`; `right` is (n, S), what is drafted after each position if AR, had the draft been right so far,
+    would have written it too, EMPTY elsewhere.
+    """
+    width = right.shape[1]
+    place = jnp.arange(width)
+    there = kept[:, None] + place - 1
+    moved = jnp.where((place > 0) & (there < width), jnp.take_along_axis(right, there, axis=1, mode="clip"), EMPTY)
+    ends = rows.ends(moved) & (moved != EMPTY)
+    until = (jnp.cumsum(ends, axis=1) - ends == 0) & (place > 0)
+    whole = ends.any(1) & ~(until & (moved == EMPTY)).any(1)
+    return jnp.where(until & whole[:, None], moved, EMPTY)
 
 
 def _of(rows: jax.Array, tree: Any) -> Any:
