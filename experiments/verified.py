@@ -2,8 +2,8 @@
 
     python -m experiments.verified
 
-Passes of both towers are added, each counted as one; AR needs one a token. The prompt's pass gives the first token, in AR
-and here. All texts in float32 are AR's, or the script ends.
+Passes of both towers are added, each counted as one; AR needs one a token. The prompt's pass gives the first token, in
+AR and here. All texts in float32 are AR's, or the script ends.
 """
 
 import sys

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from twotower_jax import two_tower
-from twotower_jax.decoding.diffusion import Diffusion, denoise_step, masked_block
+from twotower_jax.decoding.block import masked_block
+from twotower_jax.decoding.diffusion import Diffusion, denoise_step
 from twotower_jax.decoding.sampling import Sampler, position_keys, row_keys
-from twotower_jax.decoding.unmasking import ThresholdUnmasking
+from twotower_jax.decoding.unmasking import NAMES, Unmasking
 
 CAPACITY, MASK = 192, 3
 
@@ -40,7 +41,10 @@ def alone(model, r):
         at = np.array([len(r.prompt) + len(written)])
         keys = _keys(np.array([r.seed], np.uint32), np.array([r.row]), at, r.block)
         if r.mode == "diffusion":
-            rules = Diffusion(sampler, ThresholdUnmasking(np.float32(r.confidence_threshold), r.steps_per_block), MASK)
+            rule = r.checked(c.vocab_size, True).unmasking
+            number = NAMES.index(rule.rule)
+            unmasking = Unmasking(np.float32(rule.bound), r.steps_per_block, number, np.float32(rule.doubt), NAMES)
+            rules = Diffusion(sampler, unmasking, MASK)
             block = masked_block(jnp.array([True]), np.array([r.block]), r.block, MASK)
             while block.masked.any():
                 block, passes = _step(c, params, rules, state, block, keys), passes + 1

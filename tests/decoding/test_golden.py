@@ -7,8 +7,9 @@ from conftest import Golden, byte_ids, golden_of, load
 
 from twotower_jax import two_tower
 from twotower_jax.decoding import diffusion
+from twotower_jax.decoding.block import masked_block
 from twotower_jax.decoding.sampling import Sampler
-from twotower_jax.decoding.unmasking import ThresholdUnmasking
+from twotower_jax.decoding.unmasking import Unmasking
 
 SETTINGS = [(16, 16, 0.8), (16, 16, 0.3), (8, 8, 0.5), (16, 4, 0.6), (32, 32, 0.9), (4, 4, 0.0)]
 
@@ -84,7 +85,7 @@ def test_diffusion_trace(golden, setting):
     size, steps, gamma = setting
     model = golden.model
     c, params = model.config, model.params
-    rules = diffusion.Diffusion(Sampler.of(0), ThresholdUnmasking(np.float32(gamma), steps), 3)
+    rules = diffusion.Diffusion(Sampler.of(0), Unmasking(np.float32(gamma), steps), 3)
     tokens = np.zeros((4, 48), np.int32)
     for row in golden.rows:
         tokens[row, : len(golden.prompt(row))] = golden.prompt(row)
@@ -95,7 +96,7 @@ def test_diffusion_trace(golden, setting):
     keys = jax.random.split(jax.random.key(0), (4, size))
     traces = [[] for _ in golden.rows]
     for index in range(64 // size):
-        block = diffusion.masked_block(np.ones(4, bool), np.full(4, size), size, 3)
+        block = masked_block(np.ones(4, bool), np.full(4, size), size, 3)
         while block.masked.any():
             for row in np.flatnonzero(block.masked.any(1)):
                 traces[row].append([index, int(block.step[row]), *block.tokens[row].tolist()])

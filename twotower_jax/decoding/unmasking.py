@@ -113,9 +113,9 @@ class Rule:
 RULES = {
     "threshold": Rule(threshold, 0.8),
     "factor": Rule(factor, 1.0, most=1e6),
-    "entropy": Rule(entropy, 0.3, most=1e6),
+    "entropy": Rule(entropy, 0.1, most=1e6),
     "margin": Rule(margin, 0.7),
-    "credit": Rule(threshold, 0.8, credit=True),  # CreditDecoding, 2510.06133: see `with_credit`
+    "credit": Rule(threshold, 0.9, credit=True),  # CreditDecoding, 2510.06133: see `with_credit`
     "remask": Rule(threshold, 0.6, doubt=0.3),  # WINO, 2507.18578: see `Unmasking.choose`
 }
 NAMES = tuple(RULES)
