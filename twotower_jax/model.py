@@ -20,8 +20,9 @@ from twotower_jax.errors import InputError, short
 from twotower_jax.parameters import flatten, parameter_bytes, unflatten
 from twotower_jax.placement import Group, Placement, Towers, place
 from twotower_jax.programs import Program, Programs
-from twotower_jax.scoring import score as scoring
-from twotower_jax.scoring.score import Scores
+from twotower_jax.scoring import pairs as scoring_pairs
+from twotower_jax.scoring.bound import Bound
+from twotower_jax.scoring.score import BY, Scores, score
 from twotower_jax.sharding import LOGITS, ROWS
 from twotower_jax.state import state_bytes
 
@@ -233,20 +234,19 @@ class Model:
         """
         vocab = self.config.vocab_size
         with distributed.checked_together() as said:
-            if by not in ("context", "denoiser"):
-                raise InputError(f'by must be "context" or "denoiser", not {short(by)}')
+            if by not in BY:
+                raise InputError(f"by must be {' or '.join(BY)}, not {short(by)}")
             if by == "denoiser":
-                self._need_denoiser('score(by="denoiser")')
-            options = {
-                "samples": inputs.whole("samples", samples, 2, 2**16),
-                "block_size": inputs.whole("block_size", block_size, 1, 2**16),
-                "mask_token_id": inputs.whole("mask_token_id", mask_token_id, 0, vocab - 1),
-                "seed": inputs.whole("seed", seed, 0, 2**32 - 1),
-            }
-            checked = scoring.checked_pairs(pairs, vocab)
-            said += [by, options, *((pair.context.tolist(), pair.continuation.tolist()) for pair in checked)]
-        options |= {"by": by, "per_token": per_token}
-        return scoring.score(self.towers, self.programs, self.params, checked, **options)
+                self._need_denoiser("score by the denoiser")
+            samples = inputs.whole("samples", samples, 2, 2**16)
+            block_size = inputs.whole("block_size", block_size, 1, 2**16)
+            mask_token_id = inputs.whole("mask_token_id", mask_token_id, 0, vocab - 1)
+            seed = inputs.whole("seed", seed, 0, 2**32 - 1)
+            checked = scoring_pairs.checked(pairs, vocab)
+            bound = Bound(samples, mask_token_id, seed) if by == "denoiser" else None
+            said += [bound, block_size, *((pair.context.tolist(), pair.continuation.tolist()) for pair in checked)]
+        options = {"per_token": per_token, "block_size": block_size, "bound": bound}
+        return score(self.towers, self.programs, self.params, checked, **options)
 
     def engine(
         self,
@@ -339,8 +339,8 @@ class Model:
     def _need_denoiser(self, name: str) -> None:
         if not self.two_towers:
             raise InputError(
-                f"{name} needs a denoiser, and this model is a backbone: it has generate_ar, score and context_logits only "
-                "(twotower convert --two-towers makes two towers of it, to be trained)"
+                f"{name} needs a denoiser, and this model is a backbone: it has generate_ar, context_logits and score by the "
+                "context tower only (twotower convert --two-towers makes two towers of it, to be trained)"
             )
 
     def _generate(self, prompts: Any, rows: Any, asked: dict[str, Any], mask_token_id: Any = 3) -> Generation:
