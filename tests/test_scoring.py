@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 import twotower_jax as tt
 from twotower_jax import cli, two_tower
 from twotower_jax.scoring.bound import Bound, estimate
+from twotower_jax.scoring.lines import Reader
 from twotower_jax.scoring.pieces import WIDTH, Order, Tree
 from twotower_jax.state import empty_state
 
@@ -110,14 +111,21 @@ def test_beginnings_are_read_once(tiny):
     assert tiny.model.score(letters[:1] * 3).tokens_read == 4 * WIDTH + 1
 
 
+def test_more_continuations_than_a_pass_answers(tiny):
+    """All tokens of the vocabulary, five times: their probabilities add up to one each time."""
+    scores = tiny.model.score([([5, 6, 7], [token]) for token in range(128)] * 5)
+    np.testing.assert_allclose(np.exp(scores.logprobs).reshape(5, 128).sum(1), 1, atol=1e-5)
+    assert sum(scores.greedy) == 5
+    assert scores.tokens_read == 2 * 3
+
+
 @pytest.mark.parametrize(("rows", "together"), [(2, 1), (2, 4), (3, 2), (5, 8), (40, 16)])
 def test_order_with_few_rows(rows, together):
     """Whatever is given up on the way, a piece is read after what comes before it; nothing is read twice if all fit."""
     rng = np.random.default_rng(rows)
     tree, asked = Tree(most=64), []
     for i in range(60):
-        stem = rng.integers(0, 2, 4 * WIDTH).repeat(1)
-        text = np.repeat(stem[: rng.integers(1, 5)], WIDTH)[: rng.integers(1, 4 * WIDTH)].astype(np.int32)
+        text = np.repeat(rng.integers(0, 2, 4), WIDTH)[: rng.integers(1, 4 * WIDTH)].astype(np.int32)
         for piece in tree.add(text):
             last = piece
         last.asked.append((0, 0, i))
@@ -307,6 +315,24 @@ def test_command(capsys, tmp_path, task_prompts):
     np.testing.assert_allclose(summary["perplexity"], math.exp(-total / tokens))
     bits = -(right["logprob"] + text["logprob"]) / math.log(2)
     np.testing.assert_allclose(summary["bits_per_byte"], bits / (right["tokens"] + text["tokens"]))  # a byte a token
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        (b'{"prompt": [5, 6], "completion": [7]}', None),
+        (b'{"prompt": [5, 6], "completion": [7, 8]}', "its 4 tokens are too many: 3 fit"),
+        (b'{"text": [5]}', "text has one token, which is given; what is scored comes after it"),
+        (b'{"text": []}', "text is empty; it needs one token or more"),
+        (b'{"text": [5, 6], "prompt": [5]}', 'it must have "text", or "prompt" and "completion"'),
+        (b'{"prompt": [5], "completion": 6}', "completion must be text or a list of token ids, not 6"),
+        (b'{"prompt": [5], "completion": [200]}', "completion has id 200 at position 0; ids go from 0 to 127"),
+        (b"[5, 6]", "it must be an object, not [5, 6]"),
+        (b"", "it is empty"),
+    ],
+)
+def test_lines(line, error):
+    assert Reader(None, 128, longest=3).line(1, line).error == error
 
 
 def test_command_refuses(capsys, tmp_path):

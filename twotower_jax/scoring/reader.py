@@ -181,12 +181,12 @@ def _needed(towers: Towers, rows: int, capacity: int, dtype: jnp.dtype) -> int:
 
 def longest(towers: Towers, dtype: jnp.dtype) -> int:
     """Tokens of the longest text that fits."""
-    return sizes.most(towers, lambda n: _needed(towers, 1, capacity_of(n), dtype))[0]
+    return sizes.fitting(towers, lambda n: _needed(towers, 1, capacity_of(n), dtype))[0]
 
 
 def _rows(towers: Towers, capacity: int, dtype: jnp.dtype) -> int:
     """Pieces of a pass on one device, a power of two."""
-    fit, free = sizes.most(towers, lambda n: _needed(towers, n, capacity, dtype))
+    fit, free = sizes.fitting(towers, lambda n: _needed(towers, n, capacity, dtype))
     if fit < 1 or capacity >= 2**31:
         one = f"{_needed(towers, 1, capacity, dtype) / 1e9:.3g} GB for texts of up to {capacity} tokens"
         raise InputError(f"the longest text does not fit: {one}, {free / 1e9:.3g} GB of a device to use")
