@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     from twotower_jax.engine import files
     from twotower_jax.placement import shared
     from twotower_jax.programs import keep_between_runs
-    from twotower_jax.scoring import lines, reader
+    from twotower_jax.scoring import lines, scorer
     from twotower_jax.tokenizer import load_tokenizer
     from twotower_jax.two_tower import dtype_of
 
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         keep_between_runs()
         model = tt.load(folder, dtype=args.dtype, placement=placement)
         model.score([], **options)  # says what is wrong with them
-        longest = reader.longest(model.towers, dtype_of(model.params))
+        longest = scorer.longest(model.towers, dtype_of(model.params))
         read = lines.Reader(tokenizer, model.config.vocab_size, longest)
         found = (read.line(number, raw) for number, raw, _ in opened())
         for answer in lines.answers(found, lambda pairs: model.score(pairs, **options), summary):

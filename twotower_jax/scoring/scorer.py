@@ -23,8 +23,8 @@ from twotower_jax.state import empty_state, state_bytes
 AT_ONCE = two_tower.PREFILL_TOKENS // WIDTH  # pieces of a pass, on one device
 
 
-class Reader:
-    """Reads trees of pieces, one for each part of the rows, and tells pairs what they ask.
+class Scorer:
+    """Reads trees of pieces, one for each part of the rows, and tells pairs what they asked.
 
     All passes have the same shape, however little there is to read: a score does not depend on how many there are.
 
