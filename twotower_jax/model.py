@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,11 +135,11 @@ class Model:
           unmasking: another rule than the threshold, `NAME` or `NAME=NUMBER`; see `decoding.unmasking`.
         """
         self._need_denoiser("generate_mask_diffusion")
-        asked = {"mode": "diffusion", "max_new_tokens": max_new_tokens, "block_size": block_size}
+        asked = {"max_new_tokens": max_new_tokens, "block_size": block_size}
         asked |= {"steps_per_block": steps_per_block, "confidence_threshold": confidence_threshold}
         asked |= {"unmasking": unmasking}
         asked |= {"temperature": temperature, "top_k": top_k, "eos_token_id": eos_token_id, "seed": seed}
-        return self._generate(prompts, rows, asked, mask_token_id)
+        return self.generate("diffusion", prompts, rows=rows, mask_token_id=mask_token_id, **asked)
 
     def generate_ar(
         self,
@@ -155,8 +155,8 @@ class Model:
         """The context tower alone, a token a step. Arguments as for `generate_mask_diffusion`; `top_p` is the mass of
         the nucleus that is drawn from, in (0, 1].
         """
-        asked = {"mode": "ar", "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k}
-        return self._generate(prompts, rows, asked | {"top_p": top_p, "eos_token_id": eos_token_id, "seed": seed})
+        asked = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        return self.generate("ar", prompts, rows=rows, eos_token_id=eos_token_id, seed=seed, **asked)
 
     def generate_verified(
         self,
@@ -185,10 +185,11 @@ class Model:
             AR's own any more; None for no others.
         """
         self._need_denoiser("generate_verified")
-        asked = {"mode": "verified", "max_new_tokens": max_new_tokens, "block_size": block_size}
+        asked = {"max_new_tokens": max_new_tokens, "block_size": block_size}
         asked |= {"draft_passes": draft_passes, "unmasking": unmasking, "confidence_threshold": confidence_threshold}
         asked |= {"accept_probability": accept_probability, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-        return self._generate(prompts, rows, asked | {"eos_token_id": eos_token_id, "seed": seed}, mask_token_id)
+        asked |= {"eos_token_id": eos_token_id, "seed": seed, "mask_token_id": mask_token_id}
+        return self.generate("verified", prompts, rows=rows, **asked)
 
     def generate_mock_ar(
         self,
@@ -205,8 +206,8 @@ class Model:
         while it equals the backbone. Arguments as for `generate_ar`.
         """
         self._need_denoiser("generate_mock_ar")
-        asked = {"mode": "mock-ar", "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k}
-        return self._generate(prompts, rows, asked | {"top_p": top_p, "eos_token_id": eos_token_id, "seed": seed})
+        asked = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        return self.generate("mock-ar", prompts, rows=rows, eos_token_id=eos_token_id, seed=seed, **asked)
 
     def score(
         self,
@@ -261,6 +262,7 @@ class Model:
         slots: int | None = None,
         memory: int | None = None,
         mask_token_id: int = 3,
+        watches: bool = False,
     ) -> Engine:
         """What runs many requests at once, each at its own pace; see `engine.Engine`.
 
@@ -271,6 +273,7 @@ class Model:
           slots: rows that are written at a time; by default as many as fit and pay.
           memory: bytes of each device for them; by default most of what is free.
           mask_token_id: the id of `[MASK]`.
+          watches: whether events bring the blocks that they are of, for which the host waits each round.
 
         Raises:
           InputError: they do not fit.
@@ -279,6 +282,7 @@ class Model:
         sizes = {"longest": longest, "block_size": block_size, "waiting": waiting, "slots": slots, "room": memory}
         slots, capacity, line = engine_sizes.plan(self.towers, dtype, **sizes)
         made = {"slots": slots, "capacity": capacity, "block_size": block_size, "mask_id": mask_token_id}
+        made |= {"watches": watches}
         return Engine(self.towers, self.programs, self.params, about=line, **made)
 
     def stream(
@@ -313,7 +317,9 @@ class Model:
         slots = None if slots is None else inputs.whole("slots", slots, 1, 2**20)
         return self._run(checked, inputs.whole("mask_token_id", mask_token_id, 0, self.config.vocab_size - 1), slots)
 
-    def _run(self, requests: list[Request], mask_token_id: int, slots: int | None = None) -> Iterator[Event]:
+    def _run(
+        self, requests: list[Request], mask_token_id: int, slots: int | None = None, watches: bool = False
+    ) -> Iterator[Event]:
         """Checked requests, by an engine of their size."""
         if not requests:
             return iter(())
@@ -323,6 +329,7 @@ class Model:
             waiting=len(requests),
             slots=slots,
             mask_token_id=mask_token_id,
+            watches=watches,
         )
         return engine.run(requests)
 
@@ -348,9 +355,28 @@ class Model:
                 "(twotower convert --two-towers makes two towers of it, to be trained)"
             )
 
-    def _generate(self, prompts: Any, rows: Any, asked: dict[str, Any], mask_token_id: Any = 3) -> Generation:
-        """Runs the prompts as requests that are asked the same."""
-        vocab = self.config.vocab_size
+    def generate(
+        self,
+        mode: str,
+        prompts: Sequence[Sequence[int]],
+        *,
+        mask_token_id: int = 3,
+        rows: Sequence[int] | None = None,
+        watch: Callable[[Event], None] | None = None,
+        **asked: Any,
+    ) -> Generation:
+        """What the method of a mode, `diffusion`, `ar`, `mock-ar` or `verified`, does.
+
+        Args:
+          mode: its name.
+          prompts: token ids, a list for each row.
+          mask_token_id: the id of `[MASK]`.
+          rows: the rows' numbers.
+          watch: is given every event as it is heard, its key being the prompt's place, with its block as it was
+            denoised.
+          **asked: other fields of `Request`.
+        """
+        vocab, asked = self.config.vocab_size, {"mode": mode, **asked}
         with distributed.checked_together() as said:
             prompts = inputs.prompts(prompts, vocab)
             numbers = inputs.row_numbers(rows, len(prompts)).tolist()
@@ -366,9 +392,11 @@ class Model:
         compiled, start = self.programs.compile_seconds, time.perf_counter()
         tokens: list[list[int]] = [[] for _ in requests]
         forwards, errors = [0] * len(requests), [None] * len(requests)
-        for event in self._run(requests, mask_token_id):
+        for event in self._run(requests, mask_token_id, watches=watch is not None):
+            if watch is not None:
+                watch(event)
             tokens[event.key] += event.tokens
-            forwards[event.key] = event.context_forwards if asked["mode"] == "ar" else event.denoiser_forwards
+            forwards[event.key] = event.context_forwards if mode == "ar" else event.denoiser_forwards
             errors[event.key] = event.error
         compile_seconds = self.programs.compile_seconds - compiled
         seconds = time.perf_counter() - start - compile_seconds

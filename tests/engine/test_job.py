@@ -31,7 +31,7 @@ BAD = {
     json.dumps({"method": "POST", "url": URL, "body": P}).encode(): "custom_id must be a string",
     json.dumps({"custom_id": "r1u", "url": "/v1/chat/completions", "body": P}).encode(): "url must be",
     wrapped(1000, P | {"max_tokens": -1}): "max_tokens must be from 0 to",
-    wrapped(1001, P | {"max_tokenz": 1}): "unknown key 'max_tokenz'; known are best_of, block_size",
+    wrapped(1001, P | {"max_tokenz": 1}): "unknown key 'max_tokenz'; known are accept_probability, best_of, block_size",
     wrapped(1002, P | {"prompt": [5] * 1000}): "the prompt's 1000 tokens and 3 new ones are too long",
     wrapped(1017, P | {"block_size": 65537}): "block_size must be from 1 to 65536",
     wrapped(1018, P | {"block_size": 65536}): "block_size 65536 is too large: not one such row fits",

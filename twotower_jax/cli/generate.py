@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from twotower_jax.cli.options import add_job, add_json, add_placement, asked_placement, stop_ids
-from twotower_jax.decoding import MODES
+from twotower_jax.decoding import BLOCK_MODES, MODES
 from twotower_jax.errors import InputError
 
 
@@ -34,9 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--top-p", type=float, metavar="P", help="ar, mock-ar, verified: draw from the nucleus of mass P")
     add("--block-size", type=int, metavar="S", help="diffusion, verified: positions denoised together (16)")
     add("--steps-per-block", type=int, metavar="T", help="diffusion: most denoiser passes a block (16)")
-    add("--confidence-threshold", type=float, metavar="GAMMA", help="the same: commit predictions above it (0.8)")
-    add("--mask-token-id", type=int, metavar="ID", help="the same: the id of [MASK] (3)")
-    add("--draft-passes", type=int, metavar="K", help="verified: most denoiser passes a block (2)")
+    add("--confidence-threshold", type=float, metavar="GAMMA", help="both: commit predictions above it (0.8)")
+    add(
+        "--unmasking",
+        metavar="RULE",
+        help="both: another rule: factor, entropy, margin, credit, remask; or RULE=NUMBER",
+    )
+    add("--mask-token-id", type=int, metavar="ID", help="both: the id of [MASK] (3)")
+    add("--draft-passes", type=int, metavar="K", help="verified: most denoiser passes a block (as many as pay)")
     add("--accept-probability", type=float, metavar="P", help="verified: accept drafts that ar gives at least P, too")
     add_placement(parser)
     add_job(parser)
@@ -73,13 +78,7 @@ def run(args: argparse.Namespace) -> int:
         if jax.device_count() > 1 and jax.process_index() == 0:
             print(model.towers, file=sys.stderr)
         eos = model.config.eos_token_ids if eos is None else eos
-        generate = {
-            "diffusion": model.generate_mask_diffusion,
-            "ar": model.generate_ar,
-            "mock-ar": model.generate_mock_ar,
-            "verified": model.generate_verified,
-        }[args.mode]
-        result = generate(prompts, eos_token_id=eos, **options)
+        result = model.generate(args.mode, prompts, eos_token_id=eos, **options)
 
     def decode(ids: Sequence[int]) -> str | None:
         return None if tokenizer is None else tokenizer.decode(ids)
@@ -120,10 +119,11 @@ class _Prompt(argparse.Action):
 OPTIONS = {  # of the modes that have them
     "top_k": MODES,
     "top_p": ("ar", "mock-ar", "verified"),
-    "block_size": ("diffusion", "verified"),
+    "block_size": BLOCK_MODES,
     "steps_per_block": ("diffusion",),
-    "confidence_threshold": ("diffusion", "verified"),
-    "mask_token_id": ("diffusion", "verified"),
+    "confidence_threshold": BLOCK_MODES,
+    "unmasking": BLOCK_MODES,
+    "mask_token_id": BLOCK_MODES,
     "draft_passes": ("verified",),
     "accept_probability": ("verified",),
 }

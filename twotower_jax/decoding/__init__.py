@@ -5,3 +5,4 @@ for each value of a threshold.
 """
 
 MODES = ("diffusion", "ar", "mock-ar", "verified")
+BLOCK_MODES = ("diffusion", "verified")

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from twotower_jax import sharding, two_tower
+from twotower_jax.decoding.block import Block
 from twotower_jax.engine import steps, verified
 from twotower_jax.engine.rows import Bench, Kinds, News, Piece, Slots, empty_bench, empty_slots
 from twotower_jax.placement import Group, Towers
@@ -33,6 +34,9 @@ class Devices(Protocol):
 
     def fetch(self, news: News) -> News:
         """The news on the host."""
+
+    def block(self) -> Block:
+        """The blocks on the host, as the last round left them; this waits for the devices."""
 
     def rows_on(self, group: Group) -> tuple[Bench, Slots]:
         """What a group of devices holds of the rows."""
@@ -62,6 +66,9 @@ class _Place:
     def fetch(self, news: News) -> News:
         return self.group.fetch(news)
 
+    def block(self) -> Block:
+        return self.group.fetch(self.slots.block)
+
 
 class Together:
     """Both towers, or a backbone, on the same devices."""
@@ -81,7 +88,7 @@ class Together:
             "verified": Program(verified.draft_and_verify, **blocks),
         }
         self._write = Program(steps.write, (both, slots, WHOLE), (slots, ROWS), donated=(1,))
-        self.seat, self.fetch = here.seat, here.fetch
+        self.seat, self.fetch, self.block = here.seat, here.fetch, here.block
 
     def rows_on(self, group: Group) -> tuple[Bench, Slots]:
         return self._place.bench, self._place.slots
@@ -137,6 +144,9 @@ class Apart:
 
     def fetch(self, news: News) -> News:
         return self._here.fetch(news)
+
+    def block(self) -> Block:
+        return self._here.block()
 
     def rows_on(self, group: Group) -> tuple[Bench, Slots]:
         place = self._here if group is self._here.group else self._there

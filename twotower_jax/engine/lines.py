@@ -27,6 +27,7 @@ NUMBERS = {
     "block_size": "block_size",
     "steps_per_block": "steps_per_block",
     "confidence_threshold": "confidence_threshold",
+    "unmasking": "unmasking",
     "draft_passes": "draft_passes",
     "accept_probability": "accept_probability",
     "temperature": "temperature",

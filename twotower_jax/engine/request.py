@@ -6,7 +6,8 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 
 from twotower_jax import inputs
-from twotower_jax.decoding import MODES
+from twotower_jax.decoding import BLOCK_MODES, MODES
+from twotower_jax.decoding.block import Block
 from twotower_jax.decoding.unmasking import DEFAULT, Choice, chosen
 from twotower_jax.errors import InputError
 
@@ -105,7 +106,7 @@ class Request:
     @property
     def block(self) -> int:
         """Positions that are written together."""
-        return self.block_size if self.mode in ("diffusion", "verified") else 1
+        return self.block_size if self.mode in BLOCK_MODES else 1
 
     @property
     def positions(self) -> int:
@@ -130,6 +131,7 @@ class Event:
       error: None, or why the row ended early.
       denoiser_forwards: passes of the denoiser that the row has needed so far.
       context_forwards: passes of the context tower, the prompt's counted as one.
+      block: the block that the tokens come from, as it was denoised, if the engine watches; its arrays are of one row.
     """
 
     key: Hashable
@@ -139,6 +141,7 @@ class Event:
     error: str | None
     denoiser_forwards: int
     context_forwards: int
+    block: Block | None = None
 
 
 def cut(tokens: np.ndarray, eos: np.ndarray) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 from flax import struct
 
 from twotower_jax.config import Config
-from twotower_jax.decoding import MODES
+from twotower_jax.decoding import BLOCK_MODES, MODES
 from twotower_jax.decoding.block import Block, masked_block
 from twotower_jax.decoding.sampling import ALL, Sampler, position_keys, row_keys
 from twotower_jax.decoding.unmasking import NAMES, Unmasking
@@ -33,7 +33,7 @@ class Kinds:
 
     def including(self, request: Request) -> "Kinds":
         """With what a checked request asks."""
-        rules = {*self.rules, request.unmasking.rule} if request.block > 1 else self.rules
+        rules = {*self.rules, request.unmasking.rule} if request.mode in BLOCK_MODES else self.rules
         return Kinds(self.draws or request.temperature > 0, tuple(sorted(rules, key=NAMES.index)))
 
 

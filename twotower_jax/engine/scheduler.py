@@ -2,13 +2,15 @@
 
 import collections
 import dataclasses
+import operator
 from collections.abc import Hashable, Iterable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
-from twotower_jax.decoding import MODES
+from twotower_jax.decoding import BLOCK_MODES, MODES
+from twotower_jax.decoding.block import Block
 from twotower_jax.engine.devices import Apart, Devices, Together
 from twotower_jax.engine.request import Event, Request, cut
 from twotower_jax.engine.rows import EMPTY, Kinds, News, Piece, as_rows
@@ -81,13 +83,16 @@ class _Lane:
       devices: where they are.
       places: tickets of the rows on the bench, as far as is known.
       cancelled: tickets of rows that are to end.
-      rounds: what was started and is not heard of yet: the news, and whether requests were waiting then.
+      rounds: what was started and is not heard of yet: the news, blocks that are watched, and whether requests were
+        waiting then.
     """
 
     devices: Devices
     places: list[int]
     cancelled: list[int] = dataclasses.field(default_factory=list)
-    rounds: collections.deque[tuple[list[News], bool]] = dataclasses.field(default_factory=collections.deque)
+    rounds: collections.deque[tuple[list[tuple[News, Block | None]], bool]] = dataclasses.field(
+        default_factory=collections.deque
+    )
 
 
 class Engine:
@@ -117,11 +122,12 @@ class Engine:
         mask_id: int = 3,
         share: float = SHARE,
         about: str = "",
+        watches: bool = False,
     ):
         lanes, self._lane_slots, self._lane_bench = lanes_of(towers, slots, capacity)
         self.slots, self.bench = lanes * self._lane_slots, lanes * self._lane_bench
         self.capacity, self.block_size = capacity, block_size
-        self.use, self.about = Use(), about
+        self.use, self.about, self._watches = Use(), about, watches
         sizes = {"slots": self._lane_slots, "bench": self._lane_bench, "capacity": capacity, "block_size": block_size}
         sizes |= {"share": share, "mask_id": mask_id}
         sizes |= {"what": f"{self.slots} rows of {capacity} positions, and {self.bench} that wait"}
@@ -146,8 +152,8 @@ class Engine:
                 modes = self._modes(lane)
                 if modes:
                     self._seat(lane)
-                    news = [part for mode in modes for part in lane.devices.write(mode, self._kinds)]
-                    for leaf in jax.tree.leaves(news):
+                    news = [part for mode in modes for part in self._write(lane, mode)]
+                    for leaf in jax.tree.leaves([part for part, _ in news]):
                         if leaf.is_fully_addressable:
                             leaf.copy_to_host_async()
                     lane.rounds.append((news, not queue.ended))
@@ -239,15 +245,22 @@ class Engine:
             if not lane.cancelled:
                 return
 
+    def _write(self, lane: _Lane, mode: str) -> list[tuple[News, Block | None]]:
+        """The news of a round, each with the blocks that it is of, if they are watched."""
+        news = lane.devices.write(mode, self._kinds)
+        block = lane.devices.block() if self._watches and mode in BLOCK_MODES else None
+        return [(part, block) for part in news]
+
     def _hear(self, lane: _Lane) -> Iterator[Event]:
         """What the lane's oldest round wrote."""
         seated: set[int] = set()
         parts, loaded = lane.rounds.popleft()
-        for news in map(lane.devices.fetch, parts):
+        for news, block in [(lane.devices.fetch(news), block) for news, block in parts]:
             seated |= set(news.ticket.tolist())
             for i in np.flatnonzero((news.count > 0) | news.ended):
                 if (ticket := int(news.ticket[i])) in self._rows:
-                    yield self._wrote(ticket, news, i)
+                    event = self._wrote(ticket, news, i)
+                    yield dataclasses.replace(event, block=jax.tree.map(operator.itemgetter(i), block))
         seated.discard(EMPTY)
         lane.places = [EMPTY if t in seated else t for t in lane.places]
         self.use.rounds += 1
