@@ -53,7 +53,7 @@ def choose(unmasking, logits, predicted, block):
 
 def wanted(rule, places, probability, predicted, bound):
     """Certainty by place, and how many of the most certain a rule would commit."""
-    confidence = {i: probability[i, predicted[i]] for i in places}
+    confidence = {i: probability[i, predicted[i]] if rule == "threshold" else probability[i].max() for i in places}
     if rule in ("threshold", "remask", "credit"):
         return confidence, sum(c > bound for c in confidence.values())
     if rule == "margin":

@@ -44,6 +44,11 @@ class Seen:
         return self.vocabulary.probability(self.logits, self.predicted)
 
     @functools.cached_property
+    def top(self) -> jax.Array:
+        """(B, S) float32, the probability of the most probable token, whatever is drawn."""
+        return self.vocabulary.probability(self.logits, self.vocabulary.argmax(self.logits))
+
+    @functools.cached_property
     def entropy(self) -> jax.Array:
         """(B, S) float32, in nats."""
         down = self.logits - self.vocabulary.max(self.logits)
@@ -66,15 +71,26 @@ def _above(certainty: jax.Array, bound: jax.Array, masked: jax.Array) -> tuple[j
 
 
 def threshold(seen: Seen, bound: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Confidence above gamma (TwoTower, section 3): the default, gamma 0.8, is NVIDIA's."""
+    """The probability of what is predicted above gamma (TwoTower, section 3): the default, gamma 0.8, is NVIDIA's.
+
+    Above temperature 0 it prefers positions that happen to draw a probable token, and so draws too many of these, one
+    position at a time too (`python -m experiments.sampler_bias`); the other rules do not look at what is drawn.
+    """
     return _above(seen.confidence, bound, seen.masked)
 
 
+def sure(seen: Seen, bound: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The probability of the most probable token above gamma."""
+    return _above(seen.top, bound, seen.masked)
+
+
 def factor(seen: Seen, bound: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The largest n with (n + 1) (1 - c_n) < f, c_n being the n-th highest confidence (Fast-dLLM, 2505.22618)."""
-    ordered = -jnp.sort(jnp.where(seen.masked, -seen.confidence, jnp.inf), axis=-1)
+    """The largest n with (n + 1) (1 - c_n) < f, c_n being the n-th highest probability of a most probable token
+    (Fast-dLLM, 2505.22618).
+    """
+    ordered = -jnp.sort(jnp.where(seen.masked, -seen.top, jnp.inf), axis=-1)
     n = jnp.arange(1, ordered.shape[-1] + 1)
-    return seen.confidence, ((n + 1) * (1 - ordered) < bound[:, None]).sum(-1)
+    return seen.top, ((n + 1) * (1 - ordered) < bound[:, None]).sum(-1)
 
 
 def entropy(seen: Seen, bound: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -115,8 +131,8 @@ RULES = {
     "factor": Rule(factor, 1.0, most=1e6),
     "entropy": Rule(entropy, 0.1, most=1e6),
     "margin": Rule(margin, 0.7),
-    "credit": Rule(threshold, 0.9, credit=True),  # CreditDecoding, 2510.06133: see `with_credit`
-    "remask": Rule(threshold, 0.6, doubt=0.3),  # WINO, 2507.18578: see `Unmasking.choose`
+    "credit": Rule(sure, 0.9, credit=True),  # CreditDecoding, 2510.06133: see `with_credit`
+    "remask": Rule(sure, 0.6, doubt=0.3),  # WINO, 2507.18578: see `Unmasking.choose`
 }
 NAMES = tuple(RULES)
 DEFAULT = "threshold"
