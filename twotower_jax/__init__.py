@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from twotower_jax.errors import InputError
 
 if TYPE_CHECKING:
-    from twotower_jax.model import Event, Generation, Model, Placement, Request, load
+    from twotower_jax.model import Event, Generation, Model, Placement, Request, Scores, load
 
-__all__ = ["Event", "Generation", "InputError", "Model", "Placement", "Request", "load"]
+__all__ = ["Event", "Generation", "InputError", "Model", "Placement", "Request", "Scores", "load"]
 
 
 def __getattr__(name: str):

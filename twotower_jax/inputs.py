@@ -71,7 +71,7 @@ def token_ids(where: str, ids: Any, vocab_size: int) -> np.ndarray:
     except (TypeError, ValueError):  # a ragged list, an array of random keys
         raise InputError(f"{where} must be a flat list of whole numbers, not a nested one") from None
     if array.size == 0:
-        raise InputError(f"{where} is empty; a prompt needs one token or more")
+        raise InputError(f"{where} is empty; it needs one token or more")
     huge = array.dtype == object and all(isinstance(i, numbers.Integral) for i in array.ravel())
     if array.ndim != 1 or not (huge or array.dtype.kind in "iu"):
         raise InputError(f"{where} must be a flat list of whole numbers, not an array of {array.dtype} {array.shape}")

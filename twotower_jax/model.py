@@ -20,6 +20,9 @@ from twotower_jax.errors import InputError, short
 from twotower_jax.parameters import flatten, parameter_bytes, unflatten
 from twotower_jax.placement import Group, Placement, Towers, place
 from twotower_jax.programs import Program, Programs
+from twotower_jax.scoring import pairs as scoring_pairs
+from twotower_jax.scoring.bound import Bound
+from twotower_jax.scoring.score import BY, Scores, score
 from twotower_jax.sharding import LOGITS, ROWS
 from twotower_jax.state import state_bytes
 
@@ -201,6 +204,50 @@ class Model:
         asked = {"mode": "mock-ar", "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k}
         return self._generate(prompts, rows, asked | {"top_p": top_p, "eos_token_id": eos_token_id, "seed": seed})
 
+    def score(
+        self,
+        pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+        *,
+        by: str = "context",
+        per_token: bool = False,
+        samples: int = 16,
+        block_size: int = 16,
+        mask_token_id: int = 3,
+        seed: int = 0,
+    ) -> Scores:
+        """log p(continuation | context): exactly, by the context tower, or a lower bound on it by the denoiser.
+
+        What pairs begin with in common is read once. In float32 a pair's score does not depend on the others.
+
+        Args:
+          pairs: a context and its continuation as token ids, one or more of each.
+          by: "context"; or "denoiser": the bound of masked diffusion with the linear schedule (paper, training), block
+            by block from the continuation's beginning, the tokens before a block being given.
+          per_token: whether each token's part is wanted.
+          samples: masks of each block, two or more; the standard error falls with their root.
+          block_size: positions denoised together.
+          mask_token_id: the id of `[MASK]`.
+          seed: of the masks, with the context's tokens.
+
+        Raises:
+          InputError: a pair or a number is wrong; there is no denoiser; a text does not fit.
+        """
+        vocab = self.config.vocab_size
+        with distributed.checked_together() as said:
+            if by not in BY:
+                raise InputError(f"by must be {' or '.join(BY)}, not {short(by)}")
+            if by == "denoiser":
+                self._need_denoiser("score by the denoiser")
+            samples = inputs.whole("samples", samples, 2, 2**16)
+            block_size = inputs.whole("block_size", block_size, 1, 2**16)
+            mask_token_id = inputs.whole("mask_token_id", mask_token_id, 0, vocab - 1)
+            seed = inputs.whole("seed", seed, 0, 2**32 - 1)
+            checked = scoring_pairs.checked(pairs, vocab)
+            bound = Bound(samples, mask_token_id, seed) if by == "denoiser" else None
+            said += [bound, block_size, *((pair.context.tolist(), pair.continuation.tolist()) for pair in checked)]
+        options = {"per_token": per_token, "block_size": block_size, "bound": bound}
+        return score(self.towers, self.programs, self.params, checked, **options)
+
     def engine(
         self,
         *,
@@ -292,8 +339,8 @@ class Model:
     def _need_denoiser(self, name: str) -> None:
         if not self.two_towers:
             raise InputError(
-                f"{name} needs a denoiser, and this model is a backbone: it has generate_ar and context_logits only "
-                "(twotower convert --two-towers makes two towers of it, to be trained)"
+                f"{name} needs a denoiser, and this model is a backbone: it has generate_ar, context_logits and score by the "
+                "context tower only (twotower convert --two-towers makes two towers of it, to be trained)"
             )
 
     def _generate(self, prompts: Any, rows: Any, asked: dict[str, Any], mask_token_id: Any = 3) -> Generation:

@@ -69,6 +69,11 @@ class Vocabulary:
         top = self.max(logits)
         return jnp.exp(self.at(logits, token) - top[..., 0]) / self.sum(jnp.exp(logits - top))[..., 0]
 
+    def log_probability(self, logits: jax.Array, token: jax.Array) -> jax.Array:
+        """Of tokens (...) under softmax(logits), natural: (...) float32."""
+        top = self.max(logits)
+        return self.at(logits, token) - top[..., 0] - jnp.log(self.sum(jnp.exp(logits - top))[..., 0])
+
     def broken(self, logits: jax.Array) -> jax.Array:
         """Whether a row of logits (B, L, V) has a value that is not finite, which ends it with an error: (B,) bool."""
         return self.any(~jnp.isfinite(logits)).any(-1)

@@ -69,6 +69,12 @@ def longest(towers: Towers, dtype: jnp.dtype, block_size: int, room: int | None 
     return _most(lambda n: rows_bytes(towers.context, 1, capacity_of(n), block_size, dtype) <= free)
 
 
+def most_rows(towers: Towers, needed: Callable[[int], int]) -> tuple[int, int]:
+    """How many rows of a device fit, of which so many need so many bytes; and the bytes that may be used."""
+    free = _free(towers)
+    return _most(lambda n: needed(n) <= free), free
+
+
 def _most(fits: Callable[[int], bool]) -> int:
     """The largest number that fits, if all below do; 0 if none does."""
     low, high = 0, 2**31
