@@ -1,4 +1,4 @@
-"""lm-evaluation-harness's own command, which knows the model `twotower` then: python -m twotower_jax.evaluation run ..."""
+"""`python -m twotower_jax.evaluation`: lm-evaluation-harness's own command, which then knows the model `twotower`."""
 
 from lm_eval.__main__ import cli_evaluate
 

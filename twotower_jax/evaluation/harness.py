@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,8 +63,8 @@ class TwoTowerLM(TemplateLM):
       model: what `tt.load` gives.
       tokenizer: its own.
       mode: what writes.
-      likelihood: whose log-likelihoods: the context tower's, or the denoiser's bound.
-      samples: maskings of each block that the bound is a mean over.
+      likelihood: whose log-likelihoods: the context tower's, or the denoiser's bound, which calls no text greedy.
+      samples: masks of each block that the bound is a mean over.
       max_length: positions; longer prompts lose their beginning.
       max_gen_toks: new tokens where a task names no number.
       prefix_token_id: what stands before a text without context; the first id that ends a row by default.
@@ -104,7 +105,7 @@ class TwoTowerLM(TemplateLM):
         self.model, self.mode, self.likelihood, self.tally = model, mode, likelihood, Tally()
         self.max_length = inputs.whole("max_length", max_length, 2, 2**31 - 1)
         self.max_gen_toks = inputs.whole("max_gen_toks", max_gen_toks, 1, 2**30)
-        self._samples = inputs.whole("samples", samples, 1, 2**20)
+        self._samples = inputs.whole("samples", samples, 2, 2**16)
         self._slots = None if slots is None else inputs.whole("slots", slots, 1, 2**20)
         self._seed = inputs.whole("seed", seed, 0, 2**32 - 1)
         self._eos = list(model.config.eos_token_ids)
@@ -199,9 +200,14 @@ class TwoTowerLM(TemplateLM):
             pairs.append((context[-kept:], continuation))
         if not pairs:
             return []
-        scores = self.model.score(pairs, by=self.likelihood, samples=self._samples, seed=self._seed)
+        options = {"samples": self._samples, "seed": self._seed}
+        if (block_size := self._decoding.get("block_size")) is not None:
+            options["block_size"] = block_size
+        scores = self.model.score(pairs, by=self.likelihood, **options)
         self.tally.add_errors(scores.errors)
-        found = [(float(x), bool(greedy)) for x, greedy in zip(scores.logprobs, scores.greedy, strict=True)]
+        greedy = scores.greedy or [False] * len(pairs)
+        logprobs = [-math.inf if x is None else x for x in scores.logprobs]
+        found = [(x, bool(same)) for x, same in zip(logprobs, greedy, strict=True)]
         for (text, _, _), one in zip(requests, found, strict=True):
             if text is not None:
                 self.cache_hook.add_partial("loglikelihood", text, one)
@@ -239,7 +245,9 @@ class TwoTowerLM(TemplateLM):
         for name in options:
             if name not in GENERATION:
                 known = ", ".join(GENERATION)
-                raise InputError(f"generation_kwargs: {name} {short(options[name])} is not supported; known are {known}")
+                raise InputError(
+                    f"generation_kwargs: {name} {short(options[name])} is not supported; known are {known}"
+                )
         eos = self._text.decode([self.eot_token_id], skip_special_tokens=False)
         stop = [s for s in handle_stop_sequences(options["until"], eos) if s]
         new, prompt = options["max_gen_toks"], self.tok_encode(context) or [self.prefix_token_id]
