@@ -98,9 +98,7 @@ def load_tasks(benchmarks: Sequence[Benchmark], manager: TaskManager, run_code: 
             loaded = manager.load([benchmark.task])
         except (OSError, ValueError, ImportError, RuntimeError, DatasetsError) as error:
             first = str(error).strip().partition("\n")[0]  # which names the data set, or the package, that is not here
-            raise InputError(
-                f"{benchmark.name}: the harness's task {benchmark.task} cannot be loaded: {first}"
-            ) from None
+            raise InputError(f"{benchmark.name}: the task {benchmark.task} cannot be loaded: {first}") from None
         leaves, groups = loaded["tasks"], loaded["groups"]
         if not run_code and any(getattr(task, "UNSAFE_CODE", False) for task in leaves.values()):
             raise InputError(f"{benchmark.name} {RUNS_CODE}")
@@ -235,7 +233,7 @@ def table(rows: Sequence[Row], modes: Sequence[str]) -> str:
     others = [mode for mode in modes if mode != "ar"]
     retained = [(mode, "retained" if len(others) == 1 else f"{mode} retained") for mode in others if "ar" in modes]
     head = ["benchmark", "shots", "metric", *modes, *(name for _, name in retained)]
-    head += ["published AR", "TwoTower", "retained", *(f"{mode} tokens/forward" for mode in modes)]
+    head += ["paper AR", "paper TwoTower", "paper retained", *(f"{mode} tokens/forward" for mode in modes)]
     lines = [head]
     for row in rows:
         published = row.published or {}
