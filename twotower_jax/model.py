@@ -339,8 +339,9 @@ class Model:
     def _need_denoiser(self, name: str) -> None:
         if not self.two_towers:
             raise InputError(
-                f"{name} needs a denoiser, and this model is a backbone: it has generate_ar, context_logits and score by the "
-                "context tower only (twotower convert --two-towers makes two towers of it, to be trained)"
+                f"{name} needs a denoiser, and this model is a backbone: it has generate_ar, context_logits "
+                "and score by the context tower only "
+                "(twotower convert --two-towers makes two towers of it, to be trained)"
             )
 
     def _generate(self, prompts: Any, rows: Any, asked: dict[str, Any], mask_token_id: Any = 3) -> Generation:

@@ -134,7 +134,7 @@ class Reader:
         """What a line asks for, or what is wrong with it."""
         custom_id, name = None, f"line-{number}-{self.checksum(checksum):08x}"
         try:
-            outer = _parsed(raw)
+            outer = parsed(raw)
             custom_id = _custom_id(outer, number)
             return Line(number, name, custom_id, self._ask(number, custom_id, _body(outer)), None)
         except InputError as error:
@@ -231,7 +231,7 @@ def _no_number(text: str) -> None:
     raise InputError(f"{text} is no number of JSON")
 
 
-def _parsed(raw: bytes) -> dict[str, Any]:
+def parsed(raw: bytes) -> dict[str, Any]:
     """A line as an object."""
     if len(raw) > LONGEST:
         raise InputError(f"it has more than {LONGEST} bytes")

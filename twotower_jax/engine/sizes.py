@@ -69,8 +69,8 @@ def longest(towers: Towers, dtype: jnp.dtype, block_size: int, room: int | None 
     return _most(lambda n: rows_bytes(towers.context, 1, capacity_of(n), block_size, dtype) <= free)
 
 
-def most_rows(towers: Towers, needed: Callable[[int], int]) -> tuple[int, int]:
-    """How many rows of a device fit, of which so many need so many bytes; and the bytes that may be used."""
+def fitting(towers: Towers, needed: Callable[[int], int]) -> tuple[int, int]:
+    """The largest number, of rows or positions, that needs no more bytes of a device than may be used; and these."""
     free = _free(towers)
     return _most(lambda n: needed(n) <= free), free
 

@@ -12,7 +12,7 @@ class Bound:
 
     With the linear schedule, and t = k / n as decoding gives it, log p(x) >= E_k E_masks n / k sum log p(x_i | the
     others), over the k masked of n positions, k uniform on 1 .. n: the integral over t of the weight 1 / t, done for
-    each k (arXiv 2310.03134 calls it order-agnostic; paper, training).
+    each k (paper, training; arXiv 2110.02037).
 
     Attributes:
       samples: masks of each block, two or more.

@@ -49,14 +49,14 @@ class Piece:
 
 
 class Tree:
-    """Sequences as pieces, of which each is there once.
+    """Sequences as pieces; those that begin alike have the same ones.
 
     Attributes:
       first: the pieces at the beginning.
     """
 
     def __init__(self, most: int):
-        """Of a piece `most` is asked; where there is more to ask, it is there again."""
+        """Of a piece no more than `most` is asked; where there is more to ask, the same tokens are read again."""
         self._most = most
         self._pieces: dict[tuple[int, bytes], Piece] = {}  # by the piece before and the tokens
         self.first: list[Piece] = []

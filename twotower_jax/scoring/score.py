@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from twotower_jax.placement import Towers
 from twotower_jax.programs import Programs
 from twotower_jax.scoring import pairs as asked
+from twotower_jax.scoring.bound import Bound
 from twotower_jax.scoring.pairs import Pair
-from twotower_jax.scoring.reader import Bound, Reader
+from twotower_jax.scoring.scorer import Scorer
 
 BY = ("context", "denoiser")
 BROKEN = "a logit was not finite"
@@ -56,13 +57,13 @@ def score(
     tokens_read = 0
     if pairs:
         longest = max(len(pair.context) + len(pair.continuation) for pair in pairs)
-        reader = Reader(towers, programs, params, longest, block_size, bound)
-        shares = asked.in_shares(pairs, reader.shards)
+        scorer = Scorer(towers, programs, params, longest, block_size, bound)
+        shares = asked.in_shares(pairs, scorer.shards)
         if bound is None:
-            trees = [asked.for_context(own, reader.most) for own in shares]
+            trees = [asked.for_context(own, scorer.most) for own in shares]
         else:
-            trees = [asked.for_denoiser(own, reader.most, block_size) for own in shares]
-        tokens_read = reader.read(trees)
+            trees = [asked.for_denoiser(own, scorer.most, block_size) for own in shares]
+        tokens_read = scorer.read(trees)
     compile_seconds = programs.compile_seconds - compiled
 
     def of_each(value):

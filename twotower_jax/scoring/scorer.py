@@ -14,7 +14,7 @@ from twotower_jax.placement import Group, Towers
 from twotower_jax.programs import Program, Programs
 from twotower_jax.scoring import passes
 from twotower_jax.scoring.bound import Bound, estimate
-from twotower_jax.scoring.pairs import Pair, Part
+from twotower_jax.scoring.pairs import Part
 from twotower_jax.scoring.passes import TOGETHER, Answers, Blocks, Pieces, Questions
 from twotower_jax.scoring.pieces import WIDTH, Order, Piece, Reading, Tree, capacity_of
 from twotower_jax.sharding import ROWS, WHOLE
@@ -23,8 +23,8 @@ from twotower_jax.state import empty_state, state_bytes
 AT_ONCE = two_tower.PREFILL_TOKENS // WIDTH  # pieces of a pass, on one device
 
 
-class Reader:
-    """Reads trees of pieces, one for each part of the rows, and tells pairs what they ask.
+class Scorer:
+    """Reads trees of pieces, one for each part of the rows, and tells pairs what they asked.
 
     All passes have the same shape, however little there is to read: a score does not depend on how many there are.
 
@@ -180,16 +180,13 @@ def _needed(towers: Towers, rows: int, capacity: int, dtype: jnp.dtype) -> int:
 
 
 def longest(towers: Towers, dtype: jnp.dtype) -> int:
-    """Tokens of the longest text that can be scored."""
-    capacity = 0
-    while sizes.most_rows(towers, lambda n: _needed(towers, n, capacity_of(capacity + 1), dtype))[0] >= 1:
-        capacity = capacity_of(capacity + 1)
-    return capacity
+    """Tokens of the longest text that fits."""
+    return sizes.fitting(towers, lambda n: _needed(towers, 1, capacity_of(n), dtype))[0]
 
 
 def _rows(towers: Towers, capacity: int, dtype: jnp.dtype) -> int:
     """Pieces of a pass on one device, a power of two."""
-    fit, free = sizes.most_rows(towers, lambda n: _needed(towers, n, capacity, dtype))
+    fit, free = sizes.fitting(towers, lambda n: _needed(towers, n, capacity, dtype))
     if fit < 1 or capacity >= 2**31:
         one = f"{_needed(towers, 1, capacity, dtype) / 1e9:.3g} GB for texts of up to {capacity} tokens"
         raise InputError(f"the longest text does not fit: {one}, {free / 1e9:.3g} GB of a device to use")
