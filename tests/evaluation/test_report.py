@@ -23,12 +23,6 @@ def refusal(capsys, *argv) -> str:
     return line
 
 
-def test_without_the_extra(capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    line = refusal(capsys, *TASKS)
-    assert line == 'twotower: eval needs lm-evaluation-harness: pip install "twotower_jax[eval]"'
-
-
 lm_eval = pytest.importorskip("lm_eval")
 
 from datasets import Dataset, DatasetDict  # noqa: E402

@@ -127,11 +127,10 @@ class TwoTowerLM(TemplateLM):
         Args:
           arg_dict: `pretrained`, a folder, the name of a shipped model or a Hugging Face id; `dtype`, bfloat16 by
             default; `context_devices`, `denoiser_devices` and `mesh` as the command takes them; and the constructor's.
-          additional_config: `batch_size` and `max_batch_size`, which `slots` and the engine decide; no `device`.
+          additional_config: `batch_size`, `max_batch_size` and `device`, which the harness gives unasked; `slots` and
+            the devices above are in their place.
         """
         args = dict(arg_dict)
-        if (additional_config or {}).get("device") is not None:
-            raise InputError("device is no option of the model twotower; give context_devices and denoiser_devices")
         if not (pretrained := args.pop("pretrained", None)):
             raise InputError("the model twotower needs pretrained=MODEL")
         placement = Placement(
