@@ -14,10 +14,10 @@ from tqdm import tqdm
 
 from twotower_jax import distributed, two_tower
 from twotower_jax.engine import sizes
+from twotower_jax.engine.answers import Answer, grow
 from twotower_jax.engine.files import Lines, Results, opened
-from twotower_jax.engine.lines import Answer, Line, Reader, find_stop, refusal, result
-from twotower_jax.engine.request import Event, Request
-from twotower_jax.engine.scheduler import Engine
+from twotower_jax.engine.lines import Line, Reader, refusal, result
+from twotower_jax.engine.request import Request
 from twotower_jax.interrupts import Stop
 from twotower_jax.model import Model
 
@@ -239,23 +239,22 @@ class Job:
         )
         if distributed.first():
             print(engine.about, file=sys.stderr)
-        answers: dict[int, Answer] = {}
-        began: dict[int, float] = {}
+        at_work: dict[int, tuple[Line, float]] = {}  # and when it began
 
-        def requests() -> Iterator[Request]:
+        def answers() -> Iterator[Answer]:
             for number, raw, checksum in of_shard(self._lines(), self._options.shard):
                 if self._stop.asked:
                     return
                 if classes.of(number) == class_:
                     line = self._reader.line(number, raw, checksum)
-                    answers[number], began[number] = Answer(line), self._clock()
-                    yield line.ask.request
+                    at_work[number] = line, self._clock()
+                    yield Answer(line.ask.request, line.ask.stop)
 
-        for event in engine.run(requests()):
-            if (answer := self._heard(engine, answers[event.key], event)) is not None:
-                del answers[event.key]
-                self._latencies.append(self._clock() - began.pop(event.key))
-                self._write(answer)
+        for answer in grow(engine, self._tokenizer, answers()):
+            if answer.end is not None:
+                line, began = at_work.pop(answer.request.key)
+                self._latencies.append(self._clock() - began)
+                self._write(line, answer)
                 bar.update()
                 spent = bar.format_dict["elapsed"] or 1
                 rate = s.tokens / s.denoiser_forwards if s.denoiser_forwards else 0
@@ -264,22 +263,11 @@ class Job:
                 break
         s.slots, s.slot_use = engine.slots, engine.use.share
 
-    def _heard(self, engine: Engine, answer: Answer, event: Event) -> Answer | None:
-        """The answer, if it is complete with this event."""
-        before = len(answer.tokens)
-        answer.tokens += event.tokens
-        answer.logprobs += event.logprobs
-        answer.forwards = (event.denoiser_forwards, event.context_forwards)
-        answer.end, answer.error = event.end, event.error
-        if find_stop(self._tokenizer, answer, before):
-            engine.cancel(event.key)
-        return None if answer.end is None else answer
-
-    def _write(self, answer: Answer) -> None:
-        s, ask = self.summary, answer.line.ask
-        self._results.write(result(answer, self._tokenizer, self._name))
+    def _write(self, line: Line, answer: Answer) -> None:
+        s = self.summary
+        self._results.write(result(line, answer, self._tokenizer, self._name))
         s.results, s.errors = s.results + (answer.error is None), s.errors + (answer.error is not None)
-        s.prompt_tokens, s.tokens = s.prompt_tokens + len(ask.request.prompt), s.tokens + len(answer.tokens)
+        s.prompt_tokens, s.tokens = s.prompt_tokens + len(answer.request.prompt), s.tokens + len(answer.tokens)
         s.denoiser_forwards += answer.forwards[0]
         s.context_forwards += answer.forwards[1]
 

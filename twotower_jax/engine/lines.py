@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 from tokenizers import Tokenizer
 
 from twotower_jax import inputs
+from twotower_jax.engine.answers import Answer
 from twotower_jax.engine.request import Request
 from twotower_jax.errors import InputError, short
 
@@ -306,52 +307,11 @@ def _stop_ids(given: dict[str, Any]) -> list[Any]:
     return ids
 
 
-@dataclasses.dataclass
-class Answer:
-    """What a line's row has written so far."""
-
-    line: Line
-    tokens: list[int] = dataclasses.field(default_factory=list)
-    logprobs: list[float] = dataclasses.field(default_factory=list)
-    end: str | None = None
-    error: str | None = None
-    forwards: tuple[int, int] = (0, 0)  # of denoiser and context tower
-
-
-def text_of(tokenizer: Tokenizer, tokens: Sequence[int], eos: Sequence[int]) -> str:
-    """The text of tokens, without one at the end that ends a row."""
-    tokens = list(tokens)
-    return tokenizer.decode(tokens[:-1] if tokens and tokens[-1] in eos else tokens)
-
-
-def find_stop(tokenizer: Tokenizer, answer: Answer, before: int) -> bool:
-    """Cuts an answer at its first stop string, if one ends in a token beyond the first `before`; whether there is one.
-
-    It keeps the fewest tokens that hold the string.
-    """
-    stops, eos = answer.line.ask.stop, answer.line.ask.request.eos_token_id
-    if not stops or not any(s in text_of(tokenizer, answer.tokens, eos) for s in stops):
-        return False
-    for n in range(before + 1, len(answer.tokens) + 1):
-        if any(s in text_of(tokenizer, answer.tokens[:n], eos) for s in stops):
-            del answer.tokens[n:], answer.logprobs[n:]
-            break
-    mode = answer.line.ask.request.mode
-    if mode != "diffusion":  # of as many as it was, however many came together
-        answer.forwards = (n, 1 + n) if mode == "mock-ar" else (0, n)
-    answer.end = "stop"
-    return True
-
-
-def result(answer: Answer, tokenizer: Tokenizer | None, model: str) -> bytes:
+def result(line: Line, answer: Answer, tokenizer: Tokenizer | None, model: str) -> bytes:
     """The line that answers one, with its end. It depends on the answer alone: it has no times."""
-    line = answer.line
     if answer.error is not None:
         return _refused(line, "failed", answer.error)
-    ask, text = line.ask, None
-    if tokenizer is not None:
-        text = text_of(tokenizer, answer.tokens, ask.request.eos_token_id)
-        text = text[: min([at for s in ask.stop if (at := text.find(s)) >= 0], default=len(text))]
+    ask, text = line.ask, None if tokenizer is None else answer.text(tokenizer)
     choice = {"index": 0, "text": text, "token_ids": answer.tokens, "finish_reason": answer.end, "logprobs": None}
     if ask.logprobs:
         choice["logprobs"] = _logprobs(answer, tokenizer)
