@@ -32,7 +32,7 @@ class HiddenMarkov:
         rng = np.random.default_rng(seed)
         self.start = rng.dirichlet(np.ones(STATES))
         self.step = rng.dirichlet(0.3 * np.ones(STATES), STATES)
-        self.emission = rng.dirichlet(0.3 * np.ones(TOKENS), STATES)
+        self.emission = rng.dirichlet(0.1 * np.ones(TOKENS), STATES)
 
     def joint(self) -> np.ndarray:
         """The probability of every text, (V,) * L."""
