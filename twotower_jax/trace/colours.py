@@ -22,7 +22,7 @@ def sure(confidence: float | None) -> int | None:
 
 def late(born: int, passes: int) -> int:
     """The number of a pass's colour in `LATE`, if the slowest block took so many passes."""
-    return round(born * (len(LATE) - 1) / max(passes - 1, 1)) if born < passes else len(LATE) - 1
+    return round(born * (len(LATE) - 1) / max(passes - 1, 3))  # a second pass of two is not late yet
 
 
 def luminance(colour: str) -> float:

@@ -33,7 +33,7 @@ def rate(row: Row) -> str:
 def counts(row: Row) -> list[str]:
     """What it took."""
     found = [counted(len(row.tokens), "token"), counted(row.forwards[0], "denoiser pass")]
-    found += [counted(row.forwards[1], "context pass"), rate(row)]
+    found += [f"{counted(row.forwards[1], 'context pass')} with the prompt's", rate(row)]
     if row.mode == "verified":
         drafted = sum(len(block.tokens) - block.given for block in row.blocks)
         found.append(f"{sum(block.kept for block in row.blocks):,} of {drafted:,} drafts accepted")
