@@ -5,10 +5,10 @@ import bisect
 SURE = ["#eef8c0", "#c7e9b4", "#93d5b9", "#5fc2c0", "#36a9c3", "#2388bc", "#2264a9", "#243f95", "#132a6b"]
 """From a confidence of 0 to 1, on a light page; on a dark one in the reverse order."""
 
-LATE = ["#fdf0e0", "#fddbb5", "#fcbf85", "#f79d4f", "#e8791f", "#c75a0c"]
+LATE = ["#fdf0e0", "#fddbb5", "#fcbf85", "#f79d4f", "#e8791f", "#cf6417"]
 """From a block's first pass to its last, on a light page."""
 
-LATE_DARK = ["#33271c", "#573a1f", "#7f4f1f", "#ad681f", "#dd8a35", "#fdb873"]
+LATE_DARK = ["#33271c", "#573a1f", "#7f4f1f", "#a4611b", "#dd8a35", "#fdb873"]
 
 STEPS = [number / len(SURE) for number in range(1, len(SURE))]
 

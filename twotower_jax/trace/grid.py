@@ -85,9 +85,7 @@ def steps(row: Row) -> list[tuple[int, int]]:
     if not row.blocks:
         return [(number, 0) for number in range(len(row.tokens))]
     checked = int(row.mode == "verified")
-    return [
-        (number, one) for number, block in enumerate(row.blocks) for one in range(len(block.passes) + checked)
-    ]
+    return [(number, one) for number, block in enumerate(row.blocks) for one in range(len(block.passes) + checked)]
 
 
 def births(row: Row) -> list[tuple[int, int | None]]:

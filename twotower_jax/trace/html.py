@@ -45,9 +45,7 @@ def _embedded(data: dict) -> str:
 
 def _data(trace: Trace) -> dict:
     return {
-        "pieces": {
-            token: [label(piece, token), flowing(piece, token), piece] for token, piece in trace.pieces.items()
-        },
+        "pieces": {token: [label(piece, token), flowing(piece, token), piece] for token, piece in trace.pieces.items()},
         "rows": [_row(row) for row in trace.rows],
     }
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from PIL import Image
 
 from twotower_jax.trace import words
-from twotower_jax.trace.layout import INK, MARGIN, SOFT, Picture, key, paragraph
+from twotower_jax.trace.cells import INK, MARGIN, SOFT, key, paragraph
+from twotower_jax.trace.layout import Picture
 from twotower_jax.trace.record import Trace
 from twotower_jax.trace.sheet import SCALE, Sheet
 
@@ -25,11 +26,12 @@ def png(trace: Trace) -> bytes:
 
     def page(sheet: Sheet) -> float:
         y = _heading(sheet, trace, len(pictures), wide)
-        for picture in pictures:
-            y = paragraph(sheet, y, words.ABOUT[picture.row.mode], 15, INK, wide) + 10
+        for number, picture in enumerate(pictures):
+            if number == 0 or picture.row.mode != pictures[number - 1].row.mode:
+                y = paragraph(sheet, y, words.ABOUT[picture.row.mode], 15, INK, wide) + 10
             y = picture.draw(sheet, y, len(picture.steps))
             y = paragraph(sheet, y, _told(picture), 15, INK, wide) + 14
-        return key(sheet, y, pictures[0]) if pictures else y + MARGIN
+        return key(sheet, y, pictures[0].row, wide) if pictures else y + MARGIN
 
     return _saved(_painted(page, wide, page(Sheet())), "PNG")
 
@@ -46,7 +48,7 @@ def gif(trace: Trace) -> bytes:
             y = _heading(sheet, trace, 1, picture.width)
             y = paragraph(sheet, y, told, 17, INK, picture.width) + 8
             now = None if together or not picture.steps else picture.steps[max(done - 1, 0)][0]
-            return key(sheet, picture.draw(sheet, y, done, only=now) + 6, picture)
+            return key(sheet, picture.draw(sheet, y, done, only=now) + 6, picture.row, picture.width)
 
         return draw
 
@@ -54,8 +56,7 @@ def gif(trace: Trace) -> bytes:
     pages = [page(done, _status(picture, done)) for done in range(passes + 1)] + [page(passes, _told(picture))]
     high = max(draw(Sheet()) for draw in pages)
     frames = [
-        _painted(draw, picture.width, high).reduce(SCALE).quantize(COLOURS, dither=Image.Dither.NONE)
-        for draw in pages
+        _painted(draw, picture.width, high).reduce(SCALE).quantize(COLOURS, dither=Image.Dither.NONE) for draw in pages
     ]
     times = [FIRST, *[min(PASS, FILM // max(passes, 1))] * passes, LAST]
     return _saved(frames[0], "GIF", save_all=True, append_images=frames[1:], duration=times, loop=0)

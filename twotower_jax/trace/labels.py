@@ -17,7 +17,7 @@ def flowing(piece: str, token: int) -> str:
 
 def code(character: str) -> str:
     """A character that cannot be shown, by its code point."""
-    return f"‹{ord(character):x}›"
+    return f"\u2039{ord(character):x}\u203a"
 
 
 def _seen(character: str) -> str:

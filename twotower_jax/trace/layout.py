@@ -1,20 +1,18 @@
-"""A row's picture: what is said, its text, its blocks as grids or its tokens as a strip, and the key to them."""
+"""A row's picture: its text, and its blocks as grids or its tokens as a strip."""
 
 import dataclasses
 import functools
 
 from twotower_jax.trace import words
+from twotower_jax.trace.cells import CELL, EDGE, GAP, HOLE, INK, MARGIN, NARROW, OWN, PANEL, SOFT, centred, draw_cell
 from twotower_jax.trace.colours import LATE, SURE, ink, late, sure
 from twotower_jax.trace.grid import Cell, births, grid, outcome, slowest, steps
 from twotower_jax.trace.labels import label
 from twotower_jax.trace.record import Block, Row, Trace
-from twotower_jax.trace.sheet import Sheet, cut, spelt, width, wrapped
-
-INK, SOFT, FAINT, EDGE, PANEL = "#16181d", "#555c68", "#676e7a", "#8b93a1", "#f0f2f5"
-OWN, AWAY = "#7a2e9e", "#9c2f1f"
+from twotower_jax.trace.sheet import Sheet, cut, spelt, width
 
 BLOCKS, LINES, PASSES, COLUMNS, TOKENS = 8, 48, 32, 32, 128  # the most that is drawn of a row
-MARGIN, SIDE, NARROW, CELL, WIDEST, GAP = 24, 132, 34, 32, 88, 4
+SIDE, WIDEST = 132, 88  # of the lines' names, of a column
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +60,7 @@ class Picture:
         self.steps = [step for step in steps(row) if step[0] < shown]
         self.births = births(row)[: self.drawn]
         widest = max((sum(table.widths) + GAP * len(table.widths) for table in self.tables), default=0)
-        self.width = max(760, SIDE + widest + 80 + 2 * MARGIN)
+        self.width = max(760, SIDE + widest + 138 + 2 * MARGIN)
         self.left_out = self._left_out()
 
     def _left_out(self) -> str:
@@ -125,13 +123,15 @@ class Picture:
             if step < done:
                 runs.append((self.label(token).replace("␣", " "), self._tint(born, len(runs) - len(prompt)), None))
             elif self.row.mode == "diffusion" and self.steps[step][0] == filling:
-                runs.append((self.label(token).replace("␣", " "), None, EDGE))
+                runs.append((self.label(token).replace("␣", " "), None, HOLE))
         for text, fill, hole in runs:
             w = width(text, 18)
             if x + w > right:
                 x, y = MARGIN, y + 32
-            if fill or hole:
-                sheet.box(x, y, w, 26, fill=fill, edge=hole, round=0)
+            if fill:
+                sheet.box(x, y, w, 26, fill=fill, round=0)
+            elif hole:
+                sheet.box(x + 1, y + 4, w - 2, 18, fill=hole, round=2)
             if not hole:
                 sheet.text(x, y + 19, cut(text, 18, right - MARGIN), 18, ink(fill) if fill else SOFT)
             x += w
@@ -144,11 +144,13 @@ class Picture:
         return OWN if born is None else LATE[late(born, self._slowest)]
 
     def _block(self, sheet: Sheet, y: float, number: int, table: Table, done: int) -> None:
-        block, checked = table.block, self.row.mode == "verified"
-        took = words.counted(len(block.passes), "denoiser pass")
-        sheet.text(MARGIN, y + 14, f"Block {number + 1}: {took}", 15, INK)
+        block, own = table.block, [at for at, step in enumerate(self.steps) if step[0] == number]
+        if done < own[0] + bool(number):
+            return
+        took = f": {words.counted(len(block.passes), 'denoiser pass')}" if done > own[-1] else ""
+        sheet.text(MARGIN, y + 14, f"Block {number + 1}{took}", 15, INK)
         sheet.text(MARGIN, y + 36, "position", 11, SOFT)
-        sheet.text(MARGIN + 78, y + 36, "masked", 11, SOFT)
+        sheet.text(MARGIN + 80, y + 36, "masked", 11, SOFT)
         places, x = [], MARGIN + SIDE
         for at, w in enumerate(table.widths):
             name = "last" if at < block.given else f"{block.start + at - block.given + 1}"
@@ -156,38 +158,39 @@ class Picture:
             places.append(x)
             x += w + GAP
         y += 44
-        ends = [at for at, step in enumerate(self.steps) if step[0] == number]
-        for at, (name, share, line) in enumerate(zip(table.names, table.shares, table.lines, strict=True)):
-            last = share is None
-            reached = done >= (ends[-1] if last and ends else ends[0] + at if ends else 0) + 1
-            if reached:
-                self._line(sheet, y, places, table, line, name, share, at)
-                sheet.text(x + 6, y + 21, self._gain(line, last, checked), 13, SOFT)
-            elif done == 0 and number == 0 and at == 0 and not last:
-                sheet.text(MARGIN + 6, y + 21, "start", 14, SOFT)
+        for at, line in enumerate(table.lines):
+            last = at == len(table.lines) - 1
+            if done > (own[-1] if last else own[at]):
+                now = not last and done == own[at] + 1 < len(self.steps)
+                self._line(sheet, y, places, table, at, now)
+                sheet.text(x + 6, y + 21, self._gain(line, last), 13, SOFT)
+            elif done == at == number == 0 and not last:
+                sheet.text(MARGIN + 10, y + 21, "start", 14, SOFT)
                 for place, w, cell in zip(places, table.widths, line, strict=False):
                     if cell.state == "given":
-                        self.cell(sheet, place, y, w, cell)
+                        draw_cell(sheet, place, y, w, cell, self.label(cell.token), self._slowest)
                     else:
                         sheet.dashes(place, y, w, CELL, EDGE)
             y += CELL + GAP
 
-    def _line(self, sheet, y, places, table, line, name, share, at) -> None:
+    def _line(self, sheet: Sheet, y: float, places: list[float], table: Table, at: int, now: bool) -> None:
+        """A pass, or what became of the block; the pass of this very step is marked."""
+        name, share = table.names[at], table.shares[at]
         if share is None:
-            sheet.text(MARGIN + 6, y + 21, name, 14, INK)
+            sheet.text(MARGIN + 10, y + 21, name, 14, INK)
         else:
             tint = LATE[late(at, self._slowest)]
-            sheet.box(MARGIN, y, 70, CELL, fill=tint)
+            sheet.box(MARGIN, y, 70, CELL, fill=tint, edge=INK if now else None, thick=2)
             sheet.text(MARGIN + 10, y + 21, name, 14, ink(tint))
             sheet.text(MARGIN + 80, y + 21, f"{share:.0%}", 13, SOFT)
-        for place, w, cell in zip(places, table.widths, line, strict=False):
-            self.cell(sheet, place, y, w, cell)
+        for place, w, cell in zip(places, table.widths, table.lines[at], strict=False):
+            draw_cell(sheet, place, y, w, cell, self.label(cell.token), self._slowest)
 
-    def _gain(self, line: list[Cell], last: bool, checked: bool) -> str:
+    def _gain(self, line: list[Cell], last: bool) -> str:
+        counts = {state: sum(cell.state == state for cell in line) for state in ("written", "text", "dropped")}
         if not last:
-            return f"+{sum(cell.state == 'written' for cell in line)}"
-        kept = sum(cell.state == "text" for cell in line)
-        return f"{kept} kept"
+            return f"+{counts['written']}"
+        return f"{counts['text']} kept" + (f", {counts['dropped']} after the end" if counts["dropped"] else "")
 
     def _strip(self, sheet: Sheet, y: float, done: int) -> float:
         """Tokens in the order of their passes, each with its probability."""
@@ -200,40 +203,10 @@ class Picture:
             if number < done:
                 fill = self._tint(None, number)
                 sheet.box(x, y, w, 44, fill=fill)
-                _centred(sheet, x, y + 19, w, self.label(token), 15, ink(fill))
-                _centred(sheet, x, y + 37, w, percent(probability), 12, ink(fill))
+                centred(sheet, x, y + 19, w, self.label(token), 15, ink(fill))
+                centred(sheet, x, y + 37, w, percent(probability), 12, ink(fill))
             x += w + GAP
         return y + 58
-
-    def cell(self, sheet: Sheet, x: float, y: float, w: float, cell: Cell) -> None:
-        """One position at one time."""
-        at, colour, struck = sure(cell.confidence), SOFT, False
-        if cell.state == "masked":
-            sheet.dashes(x, y, w, CELL, EDGE)
-            colour = FAINT
-            if at is not None:
-                sheet.box(x + 2, y + CELL - 7, max((w - 4) * cell.confidence, 3), 5, fill=SURE[at], edge=EDGE, round=0)
-        elif cell.state == "written":
-            fill = PANEL if at is None else SURE[at]
-            sheet.box(x - 1, y - 1, w + 2, CELL + 2, fill=fill, edge=INK, thick=2)
-            colour = ink(fill)
-        elif cell.state in ("fixed", "given"):
-            sheet.box(x, y, w, CELL, fill=PANEL)
-        elif cell.state == "text":
-            fill = PANEL if cell.born is None else LATE[late(cell.born, self._slowest)]
-            sheet.box(x, y, w, CELL, fill=fill)
-            colour = ink(fill)
-        elif cell.state == "correction":
-            sheet.box(x, y, w, CELL, fill=OWN)
-            colour = ink(OWN)
-        else:
-            colour, struck = (AWAY, True) if cell.state == "rejected" else (FAINT, True)
-            sheet.box(x, y, w, CELL, edge=AWAY if cell.state == "rejected" else PANEL)
-        text = self.label(cell.token)
-        _centred(sheet, x, y + 20, w, text, 15, colour)
-        if struck:
-            length = width(text, 15) + 6
-            sheet.box(x + (w - length) / 2, y + 15, length, 1.5, fill=colour, round=0)
 
 
 @functools.cache
@@ -241,60 +214,6 @@ def _label(piece: str, token: int) -> str:
     return cut(spelt(label(piece, token)), 15, WIDEST - 12)
 
 
-def _centred(sheet: Sheet, x: float, y: float, w: float, text: str, size: int, colour: str) -> None:
-    sheet.text(x + (w - width(text, size)) / 2, y, text, size, colour)
-
-
 def percent(probability: float) -> str:
     """`97.2 %`; a question mark if it is no number."""
     return f"{100 * probability:.1f}".removesuffix(".0") + " %" if probability == probability else "?"
-
-
-def paragraph(sheet: Sheet, y: float, text: str, size: int, colour: str, most: float) -> float:
-    """Lines from y on; where they end."""
-    for line in wrapped(text, size, most - 2 * MARGIN):
-        y += size * 1.4
-        sheet.text(MARGIN, y, line, size, colour)
-    return y + size * 0.4
-
-
-def key(sheet: Sheet, y: float, picture: Picture) -> float:
-    """The legend, from y on; where it ends."""
-    modes = picture.row.mode
-    scale, times = [(colour, 14) for colour in SURE[::2]], [(colour, 14) for colour in LATE]
-    masked, written = Cell("masked", -1, 0.4), Cell("written", -1, 0.95, 0)
-    items: list[tuple] = [([masked], "masked: a guess, and how sure"), ([written], "written in this pass")]
-    items += [(scale, "0 to 100 % sure"), ([Cell("fixed", -1)], "written before")]
-    if modes == "verified":
-        items.append(([Cell("rejected", -1), Cell("correction", -1)], "draft rejected; the context tower's token"))
-    elif picture.row.blocks:
-        items.append((times, "text: early to late pass"))
-    else:
-        items = [(scale, "a token's colour: its probability, 0 to 100 %")]
-    x = MARGIN
-    for samples, text in items:
-        wide = sum(NARROW + GAP if isinstance(sample, Cell) else sample[1] for sample in samples)
-        if x + wide + width(text, 14) > picture.width - MARGIN:
-            x, y = MARGIN, y + CELL + 10
-        for sample in samples:
-            if isinstance(sample, Cell):
-                _sample(sheet, x, y, picture, sample)
-                x += NARROW + GAP
-            else:
-                sheet.box(x, y + 7, sample[1], 18, fill=sample[0], round=0)
-                x += sample[1]
-        x = sheet.text(x + 6, y + 21, text, 14, INK) + 26
-    return y + CELL + MARGIN
-
-
-def _sample(sheet: Sheet, x: float, y: float, picture: Picture, cell: Cell) -> None:
-    """A cell that holds the letter a."""
-    _Letter(picture).cell(sheet, x, y, NARROW, cell)
-
-
-class _Letter(Picture):
-    def __init__(self, picture: Picture):
-        self._slowest = 1
-
-    def label(self, token: int) -> str:
-        return "a"

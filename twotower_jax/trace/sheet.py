@@ -75,7 +75,7 @@ class Sheet:
     def dashes(self, x: float, y: float, w: float, h: float, colour: str):
         """A rectangle of dashes."""
         for start, length, across in ((y, w, False), (y + h - 1, w, False), (x, h, True), (x + w - 1, h, True)):
-            for at in range(0, math.ceil(length), 5):
+            for at in range(0, math.floor(length), 5):
                 end = min(at + 3, length)
                 if across:
                     self.box(start, y + at, 1, end - at, fill=colour, round=0)

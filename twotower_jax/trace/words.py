@@ -3,10 +3,10 @@
 from twotower_jax.trace.record import Row, Trace
 
 ABOUT = {
-    "diffusion": "A block of masks is filled by the denoiser tower. Each pass predicts every masked position at once and "
-    "writes only what it is sure of; what is written helps the next pass. The context tower then reads the full block.",
-    "verified": "The denoiser tower drafts a block of masks in a few passes. One pass of the context tower says what it "
-    "would have written itself: drafts that agree become text, and its own token follows them.",
+    "diffusion": "A block of masks is filled by the denoiser tower. Each pass predicts every masked position at once"
+    " and writes only what it is sure of; what is written helps the next pass. The context tower then reads the block.",
+    "verified": "The denoiser tower drafts a block of masks in a few passes. One pass of the context tower says what it"
+    " would have written itself: drafts that agree become text, and its own token follows them.",
     "ar": "The context tower writes one token a pass, from left to right: nothing is drafted, nothing waits.",
     "mock-ar": "The denoiser tower writes one token a pass, from left to right: a diagnostic of its training.",
 }
@@ -27,13 +27,13 @@ def rate(row: Row) -> str:
     """Tokens per pass, of the tower whose passes write them."""
     if row.mode == "ar":
         return "1 token a pass"
-    return f"{len(row.tokens) / row.forwards[0]:.2f} tokens per denoiser pass" if row.forwards[0] else "no pass"
+    return f"{len(row.tokens) / row.forwards[0]:.3g} tokens per denoiser pass" if row.forwards[0] else "no pass"
 
 
 def counts(row: Row) -> list[str]:
     """What it took."""
     found = [counted(len(row.tokens), "token"), counted(row.forwards[0], "denoiser pass")]
-    found += [f"{counted(row.forwards[1], 'context pass')} with the prompt's", rate(row)]
+    found += [f"{counted(row.forwards[1], 'context pass')} (the prompt's is one)", rate(row)]
     if row.mode == "verified":
         drafted = sum(len(block.tokens) - block.given for block in row.blocks)
         found.append(f"{sum(block.kept for block in row.blocks):,} of {drafted:,} drafts accepted")
@@ -46,6 +46,7 @@ def alone(row: Row) -> int:
 
 
 def ending(row: Row) -> str:
+    """Why there is no more."""
     return {
         "stop": "The text ended itself.",
         "length": "The text was ended by the number of tokens asked for.",
