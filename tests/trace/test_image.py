@@ -53,6 +53,14 @@ def test_written_cells_have_their_confidences_colours():
         assert SURE[sure(confidence(number, place))] in found[place]
 
 
+def test_a_film_has_the_colours_of_the_picture():
+    row = diffusion_row(block(*range(5), *range(5)))
+    film = opened(gif(trace(row)))
+    film.seek(film.n_frames - 1)
+    wanted = {SURE[sure(confidence(number % 5, number))] for number in range(10)} | {"#ffffff"}
+    assert wanted <= colours(film)
+
+
 def test_a_picture_grows_with_its_passes():
     def height(passes):
         return opened(png(trace(diffusion_row(block(*range(passes)))))).height

@@ -1,19 +1,20 @@
 """A trace as one picture, and as a film: a frame for each pass."""
 
+import functools
 import io
 from collections.abc import Callable
 
-from PIL import Image
+from PIL import Image, ImageColor
 
 from twotower_jax.trace import words
-from twotower_jax.trace.cells import INK, MARGIN, SOFT, key, paragraph
+from twotower_jax.trace.cells import AWAY, EDGE, FAINT, HOLE, INK, MARGIN, OWN, PANEL, SOFT, key, paragraph
+from twotower_jax.trace.colours import LATE, SURE, ink
 from twotower_jax.trace.layout import Picture
 from twotower_jax.trace.record import Trace
 from twotower_jax.trace.sheet import SCALE, Sheet
 
 ROWS = 3  # of a trace, that a PNG shows
 TOGETHER = 16  # lines of blocks that a GIF shows all at once; of more, one block at a time
-COLOURS = 128
 FIRST, PASS, LAST, FILM = 1500, 1000, 5000, 40_000  # ms: the first frame, each pass, the last; at most of all passes
 
 
@@ -29,6 +30,8 @@ def png(trace: Trace) -> bytes:
         for number, picture in enumerate(pictures):
             if number == 0 or picture.row.mode != pictures[number - 1].row.mode:
                 y = paragraph(sheet, y, words.ABOUT[picture.row.mode], 15, INK, wide) + 10
+            if picture.left_out:
+                y = paragraph(sheet, y, f"Drawn: {picture.left_out}.", 14, SOFT, wide) + 6
             y = picture.draw(sheet, y, len(picture.steps))
             y = paragraph(sheet, y, _told(picture), 15, INK, wide) + 14
         return key(sheet, y, pictures[0].row, wide) if pictures else y + MARGIN
@@ -45,7 +48,7 @@ def gif(trace: Trace) -> bytes:
 
     def page(done: int, told: str) -> Callable[[Sheet], float]:
         def draw(sheet: Sheet) -> float:
-            y = _heading(sheet, trace, 1, picture.width)
+            y = _heading(sheet, trace, 1, picture.width, picture.left_out)
             y = paragraph(sheet, y, told, 17, INK, picture.width) + 8
             now = None if together or not picture.steps else picture.steps[max(done - 1, 0)][0]
             return key(sheet, picture.draw(sheet, y, done, only=now) + 6, picture.row, picture.width)
@@ -56,16 +59,39 @@ def gif(trace: Trace) -> bytes:
     pages = [page(done, _status(picture, done)) for done in range(passes + 1)] + [page(passes, _told(picture))]
     high = max(draw(Sheet()) for draw in pages)
     frames = [
-        _painted(draw, picture.width, high).reduce(SCALE).quantize(COLOURS, dither=Image.Dither.NONE) for draw in pages
+        _painted(draw, picture.width, high).reduce(SCALE).quantize(palette=_palette(), dither=Image.Dither.NONE)
+        for draw in pages
     ]
     times = [FIRST, *[min(PASS, FILM // max(passes, 1))] * passes, LAST]
     return _saved(frames[0], "GIF", save_all=True, append_images=frames[1:], duration=times, loop=0)
 
 
-def _heading(sheet: Sheet, trace: Trace, rows: int, wide: float) -> float:
+@functools.cache
+def _palette() -> Image.Image:
+    """What is drawn with, and the edges between: the same in every frame, so that nothing flickers."""
+    fills, words = [*SURE, *LATE, PANEL, HOLE, OWN], [INK, SOFT, FAINT, EDGE, AWAY]
+    pairs = [(fill, ink(fill)) for fill in fills] + [(colour, "#ffffff") for colour in fills + words]
+    pairs += [(fill, INK) for fill in SURE] + [(colour, PANEL) for colour in (SOFT, INK)]
+    found = [ImageColor.getrgb(colour) for colour in ["#ffffff", "#111111", *fills, *words]]
+    for pair in pairs:
+        a, b = map(ImageColor.getrgb, pair)
+        for part in (1, 2, 3):
+            mixed = tuple(round(x + (y - x) * part / 4) for x, y in zip(a, b, strict=True))
+            # Pillow looks colours up roughly: what is too near to another would be taken for it.
+            if all(max(abs(x - y) for x, y in zip(mixed, one, strict=True)) > 12 for one in found):
+                found.append(mixed)
+    image = Image.new("P", (1, 1))
+    image.putpalette([value for colour in found for value in colour])
+    return image
+
+
+def _heading(sheet: Sheet, trace: Trace, rows: int, wide: float, limits: str = "") -> float:
+    """The title, and of what this is a picture, from the upper edge on; where they end."""
     y = paragraph(sheet, MARGIN - 14, "How this text came to be", 26, INK, wide)
-    of = f" (first {rows} of {len(trace.rows):,} prompts)" if rows < len(trace.rows) else ""
-    return paragraph(sheet, y - 6, f"{trace.model}: {words.settings(trace)}{of}", 14, SOFT, wide) + 6
+    of = f"first {rows} of {len(trace.rows):,} prompts" if rows < len(trace.rows) else ""
+    drawn = ", ".join(filter(None, (of, limits)))
+    said = f"{trace.model}: {words.settings(trace)}" + (f" (drawn: {drawn})" if drawn else "")
+    return paragraph(sheet, y - 6, said, 14, SOFT, wide) + 6
 
 
 def _status(picture: Picture, done: int) -> str:
@@ -86,12 +112,12 @@ def _status(picture: Picture, done: int) -> str:
 
 
 def _told(picture: Picture) -> str:
-    """What it took, and what is not drawn."""
+    """What it took."""
     row = picture.row
     said = ", ".join(words.counts(row))
     if row.mode != "ar":
         said += f"; token by token it would be {words.counted(words.alone(row), 'context pass')}"
-    return f"{said}. Drawn: {picture.left_out}." if picture.left_out else f"{said}."
+    return f"{said}."
 
 
 def _painted(draw: Callable[[Sheet], float], wide: float, high: float) -> Image.Image:

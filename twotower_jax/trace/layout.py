@@ -124,6 +124,8 @@ class Picture:
                 runs.append((self.label(token).replace("␣", " "), self._tint(born, len(runs) - len(prompt)), None))
             elif self.row.mode == "diffusion" and self.steps[step][0] == filling:
                 runs.append((self.label(token).replace("␣", " "), None, HOLE))
+        if self.drawn < len(self.row.tokens) and done == len(self.steps):
+            runs.append(("…", None, None))
         for text, fill, hole in runs:
             w = width(text, 18)
             if x + w > right:
@@ -182,7 +184,7 @@ class Picture:
             tint = LATE[late(at, self._slowest)]
             sheet.box(MARGIN, y, 70, CELL, fill=tint, edge=INK if now else None, thick=2)
             sheet.text(MARGIN + 10, y + 21, name, 14, ink(tint))
-            sheet.text(MARGIN + 80, y + 21, f"{share:.0%}", 13, SOFT)
+            sheet.text(MARGIN + 80, y + 21, f"{int(100 * share + 0.5)} %", 13, SOFT)
         for place, w, cell in zip(places, table.widths, table.lines[at], strict=False):
             draw_cell(sheet, place, y, w, cell, self.label(cell.token), self._slowest)
 
