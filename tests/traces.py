@@ -29,13 +29,18 @@ def diffusion_row(*blocks, prompt=(50, 51), end="stop"):
 
 
 def verified_row():
-    """The first block's second draft is rejected; all of the next one's are accepted; the row ends in the third."""
+    """A block without drafts; one whose second is rejected; one whose drafts are right; one in which the row ends; and
+    drafts of an earlier block.
+    """
     blocks = [
-        block(None, 0, 1, 0, given=1, kept=1, correction=40),
-        block(None, 0, 0, 1, start=2, given=1, kept=3, correction=41),
-        block(None, 0, 0, 1, start=6, given=1, kept=2),
+        block(None, given=1, correction=39),
+        block(None, 0, 1, 0, start=1, given=1, kept=1, correction=40),
+        block(None, 0, 0, 1, start=3, given=1, correction=41),
+        block(None, None, None, start=7, given=1, correction=42),
+        block(None, 0, 0, 1, start=10, given=1, kept=2),
     ]
-    return Row([50, 51], "verified", [2, 40, 2, 3, 4, 41, 2, 3], [0.5] * 8, blocks, "stop", (6, 4))
+    tokens = [39, 2, 40, 2, 3, 4, 41, 2, 3, 42, 2, 3]
+    return Row([50, 51], "verified", tokens, [0.5] * len(tokens), blocks, "stop", (6, 6))
 
 
 def ar_row(count=5, mode="ar"):

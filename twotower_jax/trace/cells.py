@@ -26,7 +26,7 @@ def draw_cell(sheet: Sheet, x: float, y: float, w: float, cell: Cell, text: str,
     elif cell.state in ("fixed", "given"):
         sheet.box(x, y, w, CELL, fill=PANEL)
     elif cell.state == "text":
-        fill = PANEL if cell.born is None else LATE[late(cell.born, passes)]
+        fill = LATE[late(cell.born or 0, passes)]
         sheet.box(x, y, w, CELL, fill=fill)
         colour = ink(fill)
     elif cell.state == "correction":

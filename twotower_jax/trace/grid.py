@@ -8,7 +8,7 @@ STATES = {
     "given": "g",
     "masked": "m",  # before the pass and after it
     "written": "w",  # in this pass
-    "fixed": "f",  # in an earlier one
+    "fixed": "f",  # in an earlier one, or drafted before the block
     "text": "t",  # became text
     "dropped": "d",  # did not: after the row's end
     "rejected": "r",  # did not: the context tower would have written something else
@@ -24,8 +24,8 @@ class Cell:
     Attributes:
       state: one of `STATES`.
       token: its id; of a masked position the one that the pass predicts.
-      confidence: the probability that it had when it was predicted; None if nobody said.
-      born: the pass that wrote it, from 0; None while masked, and if no pass did.
+      confidence: the probability that it had when it was predicted; None if that is not known.
+      born: the pass that wrote it, from 0; None while it is masked, and if no pass of this block did.
     """
 
     state: str
@@ -35,41 +35,50 @@ class Cell:
 
 
 def grid(block: Block) -> list[list[Cell]]:
-    """The cells (passes, S) of a block."""
-    known = [Cell("given", token) if place < block.given else None for place, token in enumerate(block.tokens)]
-    lines = []
+    """The cells (passes, S) of a block.
+
+    A position that is written for good holds the block's token, which above temperature 0 need not be the predicted
+    one; its confidence is then not known.
+    """
+    known, lines = _known(block), []
     for number, (one, after) in enumerate(zip(block.passes, _masked_after(block), strict=True)):
         line = []
-        for place, (token, confidence, masked) in enumerate(
+        for place, (guess, confidence, masked) in enumerate(
             zip(one.predicted, one.confidence, one.masked, strict=True)
         ):
             if not masked:
-                line.append(known[place] or Cell("fixed", block.tokens[place]))
+                line.append(known[place])
             elif after[place]:
-                line.append(Cell("masked", token, confidence))
+                line.append(Cell("masked", guess, confidence))
             else:
-                line.append(Cell("written", token, confidence, number))
+                final = not any(later.masked[place] for later in block.passes[number + 1 :])
+                token = block.tokens[place] if final else guess
+                line.append(Cell("written", token, confidence if token == guess else None, number))
                 known[place] = dataclasses.replace(line[-1], state="fixed")
         lines.append(line)
     return lines
 
 
+def _known(block: Block) -> list[Cell]:
+    """The cells before the first pass, as far as they are not masked."""
+    return [Cell("given" if place < block.given else "fixed", token) for place, token in enumerate(block.tokens)]
+
+
 def _masked_after(block: Block) -> list[list[bool]]:
-    """Which positions are masked after each pass, (passes, S); those of a pass that failed stay so."""
+    """Which positions are masked after each pass, (passes, S): after the last none, or as before it if it failed."""
     if not block.passes:
         return []
-    last = block.passes[-1]
-    left = [m and a != b for m, a, b in zip(last.masked, last.predicted, block.tokens, strict=True)]
-    return [one.masked for one in block.passes[1:]] + [left]
+    last = block.passes[-1].masked
+    failed = block.given == block.kept == 0
+    return [one.masked for one in block.passes[1:]] + [last if failed else [False] * len(last)]
 
 
 def outcome(block: Block) -> list[Cell]:
     """What became of a block: a cell for each position, and one more where the context tower wrote beyond its end."""
-    line = grid(block)[-1] if block.passes else [Cell("given", token) for token in block.tokens]
     end = block.given + block.kept
     away = "dropped" if block.correction is None else "rejected"
     cells = []
-    for place, cell in enumerate(line):
+    for place, cell in enumerate(grid(block)[-1] if block.passes else _known(block)):
         state = cell.state if cell.state in ("given", "masked") else "text" if place < end else away
         cells.append(dataclasses.replace(cell, state=state))
     if block.correction is not None:
@@ -90,19 +99,20 @@ def steps(row: Row) -> list[tuple[int, int]]:
 
 def births(row: Row) -> list[tuple[int, int | None]]:
     """Of each new token, (N,), the index of the step after which it is text, and the pass of its block that wrote it:
-    None if the context tower did.
+    the first if it was drafted before the block, None if the context tower wrote it.
     """
     if not row.blocks:
         return [(number, 0 if row.mode == "mock-ar" else None) for number in range(len(row.tokens))]
     at = {step: number for number, step in enumerate(steps(row))}
     found = []
     for number, block in enumerate(row.blocks):
+        checks = len(block.passes)
         for cell in outcome(block):
             if cell.state == "text":
-                checked = row.mode == "verified"
-                found.append((at[number, len(block.passes) if checked else cell.born or 0], cell.born))
+                born = cell.born or 0
+                found.append((at[number, checks if row.mode == "verified" else born], born))
             elif cell.state == "correction":
-                found.append((at[number, len(block.passes)], None))
+                found.append((at[number, checks], None))
     return found[: len(row.tokens)]
 
 

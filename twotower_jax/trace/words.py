@@ -35,8 +35,9 @@ def counts(row: Row) -> list[str]:
     found = [counted(len(row.tokens), "token"), counted(row.forwards[0], "denoiser pass")]
     found += [f"{counted(row.forwards[1], 'context pass')} (the prompt's is one)", rate(row)]
     if row.mode == "verified":
-        drafted = sum(len(block.tokens) - block.given for block in row.blocks)
-        found.append(f"{sum(block.kept for block in row.blocks):,} of {drafted:,} drafts accepted")
+        kept = sum(block.kept for block in row.blocks)
+        wrong = sum(len(b.tokens) - b.given - b.kept for b in row.blocks if b.correction is not None)
+        found.append(f"{counted(kept, 'draft')} accepted, {wrong:,} rejected")
     return found
 
 
