@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--mask-token-id", type=int, metavar="ID", help="both: the id of [MASK] (3)")
     add("--draft-passes", type=int, metavar="K", help="verified: most denoiser passes a block (as many as pay)")
     add("--accept-probability", type=float, metavar="P", help="verified: accept drafts that ar gives at least P, too")
+    add("--trace", metavar="FILE", help="draw how the texts came to be: FILE.html, FILE.gif or FILE.png")
     add_placement(parser)
     add_job(parser)
     add_json(parser)
@@ -55,9 +56,10 @@ def run(args: argparse.Namespace) -> int:
     import jax
 
     import twotower_jax as tt
-    from twotower_jax import distributed, sources
+    from twotower_jax import distributed, sources, trace
     from twotower_jax.programs import keep_between_runs
     from twotower_jax.tokenizer import load_tokenizer
+    from twotower_jax.trace.recorder import Recorder
 
     distributed.join(args.coordinator, args.processes, args.process)
     with distributed.quiet():
@@ -73,12 +75,15 @@ def run(args: argparse.Namespace) -> int:
             if not prompts:
                 raise InputError("give a prompt: --prompt TEXT, --prompt-file FILE or --ids 5,7,9")
             eos = None if args.eos_token_id is None else stop_ids(args.eos_token_id)
+            if args.trace is not None:
+                trace.check(args.trace)
         keep_between_runs()
         model = tt.load(folder, dtype=args.dtype, placement=placement)
         if jax.device_count() > 1 and jax.process_index() == 0:
             print(model.towers, file=sys.stderr)
         eos = model.config.eos_token_ids if eos is None else eos
-        result = model.generate(args.mode, prompts, eos_token_id=eos, **options)
+        recorder = None if args.trace is None else Recorder(args.mode, prompts)
+        result = model.generate(args.mode, prompts, eos_token_id=eos, watch=recorder, **options)
 
     def decode(ids: Sequence[int]) -> str | None:
         return None if tokenizer is None else tokenizer.decode(ids)
@@ -97,6 +102,9 @@ def run(args: argparse.Namespace) -> int:
             kinds, texts, prompts, result.tokens, result.forwards, result.errors, strict=True
         )
     ]
+    if recorder is not None and jax.process_index() == 0:
+        settings = {name: value for name, value in options.items() if value is not None}
+        trace.draw(recorder.trace(args.model, settings, lambda i: decode([i]) or f"⟨{i}⟩"), args.trace)
     if jax.process_index() > 0:
         pass  # the first process speaks
     elif args.json:
