@@ -14,7 +14,7 @@ from tqdm import tqdm
 from twotower_jax import distributed, inputs, memory, sharding, sources, two_tower
 from twotower_jax.config import Config
 from twotower_jax.engine import sizes as engine_sizes
-from twotower_jax.engine.request import Event, Request
+from twotower_jax.engine.request import Event, Request, common, worth_sharing
 from twotower_jax.engine.scheduler import Engine
 from twotower_jax.errors import InputError, short
 from twotower_jax.parameters import flatten, parameter_bytes, unflatten
@@ -263,6 +263,7 @@ class Model:
         memory: int | None = None,
         mask_token_id: int = 3,
         watches: bool = False,
+        prefix: Sequence[int] = (),
     ) -> Engine:
         """What runs many requests at once, each at its own pace; see `engine.Engine`.
 
@@ -274,6 +275,7 @@ class Model:
           memory: bytes of each device for them; by default most of what is free.
           mask_token_id: the id of `[MASK]`.
           watches: whether events bring the blocks that they are of, for which the host waits each round.
+          prefix: tokens that prompts begin with, which are read once.
 
         Raises:
           InputError: they do not fit.
@@ -282,7 +284,7 @@ class Model:
         sizes = {"longest": longest, "block_size": block_size, "waiting": waiting, "slots": slots, "room": memory}
         slots, capacity, line = engine_sizes.plan(self.towers, dtype, **sizes)
         made = {"slots": slots, "capacity": capacity, "block_size": block_size, "mask_id": mask_token_id}
-        made |= {"watches": watches}
+        made |= {"watches": watches, "prefix": prefix}
         return Engine(self.towers, self.programs, self.params, about=line, **made)
 
     def stream(
@@ -330,6 +332,7 @@ class Model:
             slots=slots,
             mask_token_id=mask_token_id,
             watches=watches,
+            prefix=worth_sharing(functools.reduce(common, [r.prompt[: r.read_first] for r in requests]), len(requests)),
         )
         return engine.run(requests)
 

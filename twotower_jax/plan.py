@@ -167,7 +167,7 @@ def plan(
     params = {tower: towers.of(tower).parameters(description[tower], wish.dtype) for tower in description}
     lanes, slots, bench = lanes_of(towers, wish.rows, wish.context)
     sizes = {"slots": slots, "bench": bench, "capacity": wish.context, "block_size": wish.block_size}
-    sizes |= {"share": SHARE, "mask_id": 0, "what": ""}
+    sizes |= {"share": SHARE, "mask_id": 0, "prefix": 0, "what": ""}
     devices = Apart(towers, compiler, params, **sizes) if towers.split else Together(context, compiler, params, **sizes)
     devices.feed(_piece(bench, piece_of(bench, wish.context)))
     devices.seat(np.full(CANCELLED, EMPTY, np.int32))
@@ -200,7 +200,7 @@ def plan(
 def _piece(bench: int, width: int) -> Piece:
     none = np.zeros(bench, bool)
     tokens, count = np.zeros((bench, width), np.int32), np.zeros(bench, np.int32)
-    return Piece(as_rows([None] * bench, [EMPTY] * bench), none, tokens, count, none)
+    return Piece(as_rows([None] * bench, [EMPTY] * bench), none, none, tokens, count, none)
 
 
 def _moved(slots: Any, rows: Any, news: TowerState, block_size: int) -> dict[str, int]:

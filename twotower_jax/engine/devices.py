@@ -26,6 +26,9 @@ class Devices(Protocol):
     def feed(self, piece: Piece) -> None:
         """See `steps.feed`; the piece is on the host."""
 
+    def remember(self, positions: int) -> None:
+        """What the first row of each device's bench has read is the shared prefix from now on; see `steps.remember`."""
+
     def seat(self, cancelled: np.ndarray) -> None:
         """See `steps.seat`."""
 
@@ -45,7 +48,17 @@ class Devices(Protocol):
 class _Place:
     """A bench and slots on a group of devices."""
 
-    def __init__(self, group: Group, programs: Programs, what: str, slots: int, bench: int, block_size: int, **arrays):
+    def __init__(
+        self,
+        group: Group,
+        programs: Programs,
+        what: str,
+        slots: int,
+        bench: int,
+        block_size: int,
+        prefix: int,
+        **arrays,
+    ):
         self.group, self._programs, self._what = group, programs, what
         states = sharding.state_spec(group.whole)
         self.bench_spec = Bench(rows=ROWS, waiting=ROWS, state=states)
@@ -54,6 +67,11 @@ class _Place:
         self.bench = self.run(Program(empty_bench, (), self.bench_spec), rows=bench // shards, **arrays)
         sizes = {"rows": slots // shards, "block_size": block_size}
         self.slots = self.run(Program(empty_slots, (), self.slots_spec), **sizes, **arrays)
+        self.prefix, self.prefix_spec = None, ROWS
+        if prefix:
+            self._remember = Program(steps.remember, (self.bench_spec,), states)
+            self.remember(prefix)
+            self.prefix_spec = states
         both = (self.bench_spec, self.slots_spec)
         self._seat = Program(steps.seat, (*both, WHOLE), both, donated=(0, 1))
 
@@ -62,6 +80,9 @@ class _Place:
 
     def seat(self, cancelled: np.ndarray) -> None:
         self.bench, self.slots = self.run(self._seat, self.bench, self.slots, self.group.put(cancelled, WHOLE))
+
+    def remember(self, positions: int) -> None:
+        self.prefix = self.run(self._remember, self.bench, positions=positions)
 
     def fetch(self, news: News) -> News:
         return self.group.fetch(news)
@@ -81,21 +102,21 @@ class Together:
         context = sharding.specs(group.whole, "context")
         both = sharding.specs(group.whole, *params)
         bench, slots = here.bench_spec, here.slots_spec
-        self._feed = Program(steps.feed, (context, bench, ROWS), bench, donated=(1,))
+        self._feed = Program(steps.feed, (context, bench, ROWS, here.prefix_spec), bench, donated=(1,))
         blocks = {"inputs": (both, slots, WHOLE, WHOLE), "outputs": (slots, ROWS), "donated": (1,)}
         self._blocks = {
             "diffusion": Program(steps.denoise_and_read, **blocks),
             "verified": Program(verified.draft_and_verify, **blocks),
         }
         self._write = Program(steps.write, (both, slots, WHOLE), (slots, ROWS), donated=(1,))
-        self.seat, self.fetch, self.block = here.seat, here.fetch, here.block
+        self.seat, self.remember, self.fetch, self.block = here.seat, here.remember, here.fetch, here.block
 
     def rows_on(self, group: Group) -> tuple[Bench, Slots]:
         return self._place.bench, self._place.slots
 
     def feed(self, piece: Piece) -> None:
         here, context = self._place, {"context": self._params["context"]}
-        here.bench = here.run(self._feed, context, here.bench, here.group.put(piece, ROWS))
+        here.bench = here.run(self._feed, context, here.bench, here.group.put(piece, ROWS), here.prefix)
 
     def write(self, mode: str, kinds: Kinds) -> list[News]:
         here = self._place
@@ -128,8 +149,9 @@ class Apart:
         context, denoiser = (sharding.specs(here.group.whole, name) for name in ("context", "denoiser"))
         self._states = states = sharding.state_spec(here.group.whole)
         bench, slots = here.bench_spec, here.slots_spec
-        self._feed = Program(steps.feed_apart, (context, bench, ROWS), (bench, states), donated=(1,))
-        self._follow = Program(steps.follow, (bench, ROWS, states), bench, donated=(0,))
+        prefix = here.prefix_spec
+        self._feed = Program(steps.feed_apart, (context, bench, ROWS, prefix), (bench, states), donated=(1,))
+        self._follow = Program(steps.follow, (bench, ROWS, states, prefix), bench, donated=(0,))
         self._denoise = Program(steps.denoise, (denoiser, slots, WHOLE, WHOLE), (slots, ROWS, ROWS), donated=(1,))
         self._mock = Program(steps.write_apart, (denoiser, slots), (slots, ROWS, ROWS, ROWS), donated=(1,))
         self._read = Program(steps.read_apart, (context, slots, ROWS, ROWS, ROWS), (slots, ROWS, states), donated=(1,))
@@ -154,13 +176,19 @@ class Apart:
 
     def feed(self, piece: Piece) -> None:
         there, here = self._there, self._here
-        there.bench, news = there.run(self._feed, self._context, there.bench, there.group.put(piece, ROWS))
+        fed = there.group.put(piece, ROWS)
+        there.bench, news = there.run(self._feed, self._context, there.bench, fed, there.prefix)
         came = self._towers.move(news, self._states, here.group)
 
         def follow() -> None:
-            here.bench = here.run(self._follow, here.bench, here.group.put(piece, ROWS), came)
+            here.bench = here.run(self._follow, here.bench, here.group.put(piece, ROWS), came, here.prefix)
 
         self._behind.append(follow)
+
+    def remember(self, positions: int) -> None:
+        self._catch_up()
+        self._there.remember(positions)
+        self._here.remember(positions)
 
     def seat(self, cancelled: np.ndarray) -> None:
         self._catch_up()

@@ -17,7 +17,7 @@ from twotower_jax.engine import sizes
 from twotower_jax.engine.answers import Answer, grow
 from twotower_jax.engine.files import Lines, Results, opened
 from twotower_jax.engine.lines import Line, Reader, refusal, result
-from twotower_jax.engine.request import Request
+from twotower_jax.engine.request import Request, common, worth_sharing
 from twotower_jax.interrupts import Stop
 from twotower_jax.model import Model
 
@@ -236,6 +236,7 @@ class Job:
             waiting=class_.count,
             slots=self._options.slots,
             memory=self._options.memory,
+            prefix=worth_sharing(classes.prefix(class_), class_.count),
         )
         if distributed.first():
             print(engine.about, file=sys.stderr)
@@ -289,12 +290,14 @@ class _Classes:
         self._towers, self._dtype, self._options = model.towers, dtype, options
         self._kind: dict[int, tuple[int, int]] = {}  # a line's block, and its length's power of two
         self._longest: collections.Counter[tuple[int, int]] = collections.Counter()
+        self._prefix: dict[tuple[int, int], np.ndarray] = {}
         self._class: dict[tuple[int, int], _Class] = {}
 
     def add(self, number: int, request: Request) -> None:
         kind = sizes.block_of(request.block), max(request.positions, 1).bit_length()
         self._kind[number] = kind
         self._longest[kind] = max(self._longest[kind], request.positions)
+        self._prefix[kind] = common(self._prefix.get(kind, request.prompt), request.prompt[: request.read_first])
 
     def found(self) -> list[_Class]:
         """All classes, the shortest first. Lengths are of one class if as many slots fit for the longest as for the
@@ -318,6 +321,10 @@ class _Classes:
     def _slots(self, kind: tuple[int, int]) -> int:
         wish = {"longest": self._longest[kind], "block_size": kind[0], "slots": self._options.slots}
         return sizes.plan(self._towers, self._dtype, room=self._options.memory, **wish)[0]
+
+    def prefix(self, class_: _Class) -> np.ndarray:
+        """What the prompts of a class begin with in common."""
+        return functools.reduce(common, [self._prefix[kind] for kind, own in self._class.items() if own == class_])
 
     def of(self, number: int) -> _Class | None:
         """A line's class; None if it is not to be answered."""

@@ -12,6 +12,7 @@ from twotower_jax.decoding.unmasking import DEFAULT, Choice, chosen
 from twotower_jax.errors import InputError
 
 STOP_IDS = 16  # ids that may end a row
+SHARED = 64  # tokens that prompts must begin with in common to be read once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +143,18 @@ class Event:
     denoiser_forwards: int
     context_forwards: int
     block: Block | None = None
+
+
+def common(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """What two sequences of tokens begin with in common."""
+    n = min(len(one), len(other))
+    (differ,) = np.nonzero(one[:n] != other[:n])
+    return one[: differ[0] if len(differ) else n]
+
+
+def worth_sharing(prefix: np.ndarray, requests: int) -> np.ndarray:
+    """A prefix that so many requests begin with, if it is worth being read by itself; otherwise none."""
+    return prefix if requests > 1 and len(prefix) >= SHARED else prefix[:0]
 
 
 def cut(tokens: np.ndarray, eos: np.ndarray) -> int:

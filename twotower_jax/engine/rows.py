@@ -155,6 +155,7 @@ class Piece:
     Attributes:
       rows: new rows, where `fresh` is set.
       fresh: (R,) bool.
+      known: (R,) bool, fresh rows that begin with the shared prefix, which is read.
       tokens: (R, C) int32, the next of each prompt, of which `count` are read.
       count: (R,) int32.
       ready: (R,) bool, rows whose prompt ends with these.
@@ -162,6 +163,7 @@ class Piece:
 
     rows: Rows
     fresh: jax.Array
+    known: jax.Array
     tokens: jax.Array
     count: jax.Array
     ready: jax.Array

@@ -3,12 +3,13 @@
 import collections
 import dataclasses
 import operator
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from twotower_jax import inputs
 from twotower_jax.decoding import BLOCK_MODES, MODES
 from twotower_jax.decoding.block import Block
 from twotower_jax.engine.devices import Apart, Devices, Together
@@ -30,7 +31,8 @@ class Row:
     Attributes:
       request: what is asked.
       lane: where it is.
-      read: tokens of its prompt that the bench was fed.
+      known: tokens of its prompt that are the engine's prefix: all of it, or none.
+      read: tokens of its prompt that the bench was fed, or knew.
       tokens: how many it has written.
       denoised, committed: passes of the denoiser, and of the context tower over blocks.
       rounds: in which it wrote.
@@ -38,6 +40,7 @@ class Row:
 
     request: Request
     lane: "_Lane"
+    known: int = 0
     read: int = -1
     tokens: int = 0
     denoised: int = 0
@@ -108,6 +111,11 @@ class Engine:
       block_size: the largest.
       use: of the slots.
       about: its size, in one line.
+
+    Args:
+      share: see `steps.denoise`.
+      watches: whether events bring their blocks, for which the host waits each round.
+      prefix: tokens that prompts begin with, most of them at least, which are read once.
     """
 
     def __init__(
@@ -123,21 +131,38 @@ class Engine:
         share: float = SHARE,
         about: str = "",
         watches: bool = False,
+        prefix: Sequence[int] = (),
     ):
+        self._shards = towers.context.row_shards
         lanes, self._lane_slots, self._lane_bench = lanes_of(towers, slots, capacity)
         self.slots, self.bench = lanes * self._lane_slots, lanes * self._lane_bench
         self.capacity, self.block_size = capacity, block_size
         self.use, self.about, self._watches = Use(), about, watches
         sizes = {"slots": self._lane_slots, "bench": self._lane_bench, "capacity": capacity, "block_size": block_size}
-        sizes |= {"share": share, "mask_id": mask_id}
+        self._prefix = np.asarray(prefix, np.int32)
+        remembered = min(inputs.bucket(len(prefix)), capacity) if len(prefix) else 0
+        sizes |= {"share": share, "mask_id": mask_id, "prefix": remembered}
         sizes |= {"what": f"{self.slots} rows of {capacity} positions, and {self.bench} that wait"}
         made = Apart if towers.split else Together
         where = towers if towers.split else towers.context
         self._lanes = [_Lane(made(where, programs, params, **sizes), [EMPTY] * self._lane_bench) for _ in range(lanes)]
+        for lane in self._lanes if remembered else ():
+            self._learn(lane.devices, remembered)
         self._rows: dict[int, Row] = {}  # by ticket
         self._kinds = Kinds()
         self._tickets: dict[Hashable, int] = {}
         self._next = 0
+
+    def _learn(self, devices: Devices, positions: int) -> None:
+        """Reads the prefix, on the first place of every device's bench."""
+        n, every = self._lane_bench, self._lane_bench // self._shards
+        width, no = piece_of(n, len(self._prefix)), np.zeros(n, bool)
+        for start in range(0, len(self._prefix), width):
+            part = self._prefix[start : start + width]
+            tokens, count, fresh = np.zeros((n, width), np.int32), np.zeros(n, np.int32), no.copy()
+            tokens[::every, : len(part)], count[::every], fresh[::every] = part, len(part), start == 0
+            devices.feed(Piece(as_rows([None] * n, [EMPTY] * n), fresh, no, tokens, count, no))
+        devices.remember(positions)
 
     def run(self, requests: Iterable[Request]) -> Iterator[Event]:
         """Takes checked requests as there is room for them, and gives events as rows write.
@@ -197,7 +222,10 @@ class Engine:
                     yield Event(request.key, [], [], "length", None, 0, 0)
                     continue
                 ticket, self._next = self._next, (self._next + 1) % (2**31 - 1)
-                self._rows[ticket] = Row(request, lane)
+                known = len(self._prefix)
+                if known > request.read_first or not np.array_equal(request.prompt[:known], self._prefix):
+                    known = 0
+                self._rows[ticket] = Row(request, lane, known)
                 self._kinds = self._kinds.including(request)
                 self._tickets[request.key] = ticket
                 lane.places[place] = ticket
@@ -211,16 +239,17 @@ class Engine:
         width = piece_of(self._lane_bench, max(self._left(t) for t in reading.values()))
         tokens = np.zeros((self._lane_bench, width), np.int32)
         count = np.zeros(self._lane_bench, np.int32)
-        fresh, ready = np.zeros(self._lane_bench, bool), np.zeros(self._lane_bench, bool)
+        fresh, known, ready = (np.zeros(self._lane_bench, bool) for _ in range(3))
         for place, ticket in reading.items():
             row = self._rows[ticket]
-            fresh[place], row.read = row.read < 0, max(row.read, 0)
+            if row.read < 0:
+                row.read, fresh[place], known[place] = row.known, True, row.known > 0
             piece = row.request.prompt[row.read : min(row.read + width, row.request.read_first)]
             tokens[place, : len(piece)], count[place] = piece, len(piece)
             row.read += len(piece)
             ready[place] = row.read == row.request.read_first
         requests = [self._rows[t].request if t in self._rows else None for t in lane.places]
-        lane.devices.feed(Piece(as_rows(requests, lane.places), fresh, tokens, count, ready))
+        lane.devices.feed(Piece(as_rows(requests, lane.places), fresh, known, tokens, count, ready))
 
     def _ready(self, ticket: int) -> bool:
         return self._left(ticket) == 0 and self._rows[ticket].read >= 0
@@ -228,7 +257,7 @@ class Engine:
     def _left(self, ticket: int) -> int:
         """Tokens of the prompt that are not read."""
         row = self._rows[ticket]
-        return row.request.read_first - max(row.read, 0)
+        return row.request.read_first - (row.known if row.read < 0 else row.read)
 
     def _modes(self, lane: _Lane) -> list[str]:
         """Those of rows that wait for a slot or have one."""

@@ -18,33 +18,63 @@ from twotower_jax.decoding.diffusion import Diffusion, denoise_step
 from twotower_jax.decoding.vocabulary import Vocabulary
 from twotower_jax.engine.rows import EMPTY, Bench, Kinds, News, Piece, Rows, Slots
 from twotower_jax.layers.collectives import any_row, row_sum
-from twotower_jax.state import TowerState
+from twotower_jax.state import KVCache, TowerState
 
 
-def feed(config: Config, params: dict, bench: Bench, piece: Piece) -> Bench:
-    """The context tower reads a piece of each prompt on the bench."""
+def feed(config: Config, params: dict, bench: Bench, piece: Piece, prefix: TowerState | None) -> Bench:
+    """The context tower reads a piece of each prompt on the bench; `prefix` is the state, of one row, that prompts of
+    which it is known begin with.
+    """
     with jax.named_scope("feed"):
-        bench = _welcomed(bench, piece)
-        return bench.replace(state=two_tower.extend(config, params, bench.state, piece.tokens, piece.count)[1])
+        return _read_on(config, params, _welcomed(bench, piece, prefix), piece)
 
 
-def _welcomed(bench: Bench, piece: Piece) -> Bench:
+def _read_on(config: Config, params: dict, bench: Bench, piece: Piece) -> Bench:
+    return bench.replace(state=two_tower.extend(config, params, bench.state, piece.tokens, piece.count)[1])
+
+
+def _welcomed(bench: Bench, piece: Piece, prefix: TowerState | None) -> Bench:
     # All of the state: a value that was not finite would live on under a mask.
     state = _chosen(piece.fresh, jax.tree.map(jnp.zeros_like, bench.state), bench.state)
+    if prefix is not None:
+        state = _chosen(piece.known, _stretched(prefix, state), state)
     waiting = (bench.waiting & ~piece.fresh) | piece.ready
     return Bench(_chosen(piece.fresh, piece.rows, bench.rows), waiting, state)
 
 
-def feed_apart(config: Config, params: dict, bench: Bench, piece: Piece) -> tuple[Bench, TowerState]:
+def _stretched(prefix: TowerState, state: TowerState) -> TowerState:
+    """A row's state with as many positions as another state has."""
+
+    def one(short: jax.Array, long: jax.Array) -> jax.Array:
+        return jnp.pad(short, [(0, 0), *[(0, n - m) for m, n in zip(short.shape[1:], long.shape[1:], strict=True)]])
+
+    return jax.tree.map(one, prefix, state)
+
+
+def remember(config: Config, bench: Bench, *, positions: int) -> TowerState:
+    """The state of the bench's first row, with so many positions."""
+
+    def first(layer: Any) -> Any:
+        own = jax.tree.map(lambda x: x[:1], layer)
+        return jax.tree.map(lambda x: x[:, :, :positions], own) if isinstance(layer, KVCache) else own
+
+    return TowerState(tuple(map(first, bench.state.layers)), bench.state.length[:1])
+
+
+def feed_apart(
+    config: Config, params: dict, bench: Bench, piece: Piece, prefix: TowerState | None
+) -> tuple[Bench, TowerState]:
     """`feed`, and what is new in the context's state."""
-    before = jnp.where(piece.fresh, 0, bench.state.length)
-    bench = feed(config, params, bench, piece)
-    return bench, two_tower.news(bench.state, before, piece.tokens.shape[1])
+    with jax.named_scope("feed"):
+        bench = _welcomed(bench, piece, prefix)
+        before = bench.state.length
+        bench = _read_on(config, params, bench, piece)
+        return bench, two_tower.news(bench.state, before, piece.tokens.shape[1])
 
 
-def follow(config: Config, bench: Bench, piece: Piece, came: TowerState) -> Bench:
+def follow(config: Config, bench: Bench, piece: Piece, came: TowerState, prefix: TowerState | None) -> Bench:
     """What `feed_apart` did, on the denoiser's devices."""
-    bench = _welcomed(bench, piece)
+    bench = _welcomed(bench, piece, prefix)
     rows = jnp.arange(bench.waiting.shape[0])
     return bench.replace(state=two_tower.absorb(bench.state, came, rows))
 

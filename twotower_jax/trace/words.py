@@ -42,8 +42,8 @@ def counts(row: Row) -> list[str]:
 
 
 def alone(row: Row) -> int:
-    """The passes that the context tower would need for as many tokens, one at a time."""
-    return len(row.tokens) + (len(row.prompt) > 1)
+    """The passes that the context tower would need for as many tokens, one at a time; the prompt's gives the first."""
+    return len(row.tokens)
 
 
 def ending(row: Row) -> str:
