@@ -195,6 +195,8 @@ def test_demo(capsys):
     assert diffusion["exact_match"] >= 0.8
     assert ar["tokens_per_forward"] == 1
     assert diffusion["tokens_per_forward"] > 2.42
+    assert [row["text"] for row in result["modes"]["verified"]["rows"]] == [row["text"] for row in ar["rows"]]
+    assert result["modes"]["verified"]["tokens_per_forward"] > 2
     prompts = [row["prompt"] for row in ar["rows"]]
     for mode in result["modes"].values():
         assert [row["prompt"] for row in mode["rows"]] == prompts

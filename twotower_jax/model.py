@@ -14,7 +14,8 @@ from tqdm import tqdm
 from twotower_jax import distributed, inputs, memory, sharding, sources, two_tower
 from twotower_jax.config import Config
 from twotower_jax.engine import sizes as engine_sizes
-from twotower_jax.engine.request import Event, Request, common, worth_sharing
+from twotower_jax.engine.request import Event, Request, common, counted, worth_sharing
+from twotower_jax.engine.rows import Kinds
 from twotower_jax.engine.scheduler import Engine
 from twotower_jax.errors import InputError, short
 from twotower_jax.parameters import flatten, parameter_bytes, unflatten
@@ -33,7 +34,8 @@ class Generation:
 
     Attributes:
       tokens: the new tokens, up to and including the first EOS.
-      forwards: denoiser passes that the row needed; in AR passes of the context tower, the prompt's one among them.
+      forwards: denoiser passes that the row needed; in AR passes of the context tower, the prompt's one among them; in
+        verified decoding both.
       errors: None, or why the row ended early; its tokens are those before.
       seconds: of the run, all rows together, without compilation.
       compile_seconds: 0 if the program was there already.
@@ -264,6 +266,7 @@ class Model:
         mask_token_id: int = 3,
         watches: bool = False,
         prefix: Sequence[int] = (),
+        kinds: Kinds | None = None,
     ) -> Engine:
         """What runs many requests at once, each at its own pace; see `engine.Engine`.
 
@@ -276,6 +279,7 @@ class Model:
           mask_token_id: the id of `[MASK]`.
           watches: whether events bring the blocks that they are of, for which the host waits each round.
           prefix: tokens that prompts begin with, which are read once.
+          kinds: what requests will ask, if it is known.
 
         Raises:
           InputError: they do not fit.
@@ -284,7 +288,7 @@ class Model:
         sizes = {"longest": longest, "block_size": block_size, "waiting": waiting, "slots": slots, "room": memory}
         slots, capacity, line = engine_sizes.plan(self.towers, dtype, **sizes)
         made = {"slots": slots, "capacity": capacity, "block_size": block_size, "mask_id": mask_token_id}
-        made |= {"watches": watches, "prefix": prefix}
+        made |= {"watches": watches, "prefix": prefix, "kinds": kinds}
         return Engine(self.towers, self.programs, self.params, about=line, **made)
 
     def stream(
@@ -332,6 +336,7 @@ class Model:
             slots=slots,
             mask_token_id=mask_token_id,
             watches=watches,
+            kinds=functools.reduce(Kinds.including, requests, Kinds()),
             prefix=worth_sharing(functools.reduce(common, [r.prompt[: r.read_first] for r in requests]), len(requests)),
         )
         return engine.run(requests)
@@ -399,7 +404,7 @@ class Model:
             if watch is not None:
                 watch(event)
             tokens[event.key] += event.tokens
-            forwards[event.key] = event.context_forwards if mode == "ar" else event.denoiser_forwards
+            forwards[event.key] = counted(mode, event.denoiser_forwards, event.context_forwards)
             errors[event.key] = event.error
         compile_seconds = self.programs.compile_seconds - compiled
         seconds = time.perf_counter() - start - compile_seconds

@@ -12,6 +12,7 @@ MODES = {
     "ar": "the context tower, token by token",
     "diffusion": "the denoiser, blocks of 16, committing what it is surer of than 0.8",
     "diffusion, 4 steps": "the same in 4 passes a block at most",
+    "verified": "what ar writes, in blocks that the denoiser drafts and the context tower verifies",
     "mock-ar": "the denoiser, token by token: a diagnostic of its training",
 }
 NEW_TOKENS = 64
@@ -37,6 +38,7 @@ def tour(placement: tt.Placement | None = None) -> dict[str, Any]:
         "ar": model.generate_ar(prompts, **options),
         "diffusion": model.generate_mask_diffusion(prompts, **options),
         "diffusion, 4 steps": model.generate_mask_diffusion(prompts, steps_per_block=4, **options),
+        "verified": model.generate_verified(prompts, **options),
         "mock-ar": model.generate_mock_ar(prompts, **options),
     }
     modes = {}

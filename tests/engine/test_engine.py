@@ -13,8 +13,11 @@ from plain import alone
 from streams import MORE, PROMPTS, heard, random_requests
 
 import twotower_jax as tt
+from twotower_jax.decoding.unmasking import NAMES
 from twotower_jax.engine import sizes
+from twotower_jax.engine.devices import Together
 from twotower_jax.engine.request import Request
+from twotower_jax.engine.rows import Kinds
 from twotower_jax.engine.scheduler import Engine
 
 
@@ -34,6 +37,21 @@ def test_rows_are_alone():
     assert_as_alone(model, list(random_requests(model, 30)), slots=8)
 
 
+def test_a_shared_prefix_is_read_once(monkeypatch):
+    """Prompts that begin with the same 70 tokens, some of them with no more; each writes what it writes alone."""
+    model, read = load("tiny-0"), []
+    feed = Together.feed
+    monkeypatch.setattr(Together, "feed", lambda self, piece: (read.append(piece.count.sum()), feed(self, piece))[1])
+    shared = np.random.default_rng(0).integers(4, 128, 70).tolist()
+    modes = ["diffusion", "ar", "verified", "mock-ar"]
+    requests = [Request(i, shared + [9] * (i // 4), modes[i % 4], max_new_tokens=18) for i in range(16)]
+    tokens, _ = heard(model.stream(requests, slots=8))
+    assert sum(read) == 69 + sum(r.read_first - 69 for r in requests)
+    for r in requests:
+        alone, _ = heard(model.stream([r]))
+        assert tokens[r.key] == alone[r.key], r.mode
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "slots"), [("tiny-0", 1), ("grouped-0", 13), ("trained-0", 4), ("demo", 24)])
 def test_300_rows_are_alone(name, slots):
@@ -42,7 +60,8 @@ def test_300_rows_are_alone(name, slots):
 
 
 def engine(model, slots=8, capacity=64):
-    return Engine(model.towers, model.programs, model.params, slots=slots, capacity=capacity, block_size=16)
+    sizes = {"slots": slots, "capacity": capacity, "block_size": 16}
+    return Engine(model.towers, model.programs, model.params, kinds=Kinds(True, NAMES), **sizes)
 
 
 def test_a_row_that_breaks():

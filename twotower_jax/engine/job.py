@@ -18,6 +18,7 @@ from twotower_jax.engine.answers import Answer, grow
 from twotower_jax.engine.files import Lines, Results, opened
 from twotower_jax.engine.lines import Line, Reader, refusal, result
 from twotower_jax.engine.request import Request, common, worth_sharing
+from twotower_jax.engine.rows import Kinds
 from twotower_jax.interrupts import Stop
 from twotower_jax.model import Model
 
@@ -237,6 +238,7 @@ class Job:
             slots=self._options.slots,
             memory=self._options.memory,
             prefix=worth_sharing(classes.prefix(class_), class_.count),
+            kinds=classes.kinds,
         )
         if distributed.first():
             print(engine.about, file=sys.stderr)
@@ -290,6 +292,7 @@ class _Classes:
         self._towers, self._dtype, self._options = model.towers, dtype, options
         self._kind: dict[int, tuple[int, int]] = {}  # a line's block, and its length's power of two
         self._longest: collections.Counter[tuple[int, int]] = collections.Counter()
+        self.kinds = Kinds()  # what they ask
         self._prefix: dict[tuple[int, int], np.ndarray] = {}
         self._class: dict[tuple[int, int], _Class] = {}
 
@@ -297,6 +300,7 @@ class _Classes:
         kind = sizes.block_of(request.block), max(request.positions, 1).bit_length()
         self._kind[number] = kind
         self._longest[kind] = max(self._longest[kind], request.positions)
+        self.kinds = self.kinds.including(request)
         self._prefix[kind] = common(self._prefix.get(kind, request.prompt), request.prompt[: request.read_first])
 
     def found(self) -> list[_Class]:

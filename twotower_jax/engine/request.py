@@ -145,6 +145,13 @@ class Event:
     block: Block | None = None
 
 
+def counted(mode: str, denoiser: int, context: int) -> int:
+    """The passes that a mode's tokens per forward are counted by: the denoiser's; AR's of the context tower; in
+    verified decoding all, as both towers write.
+    """
+    return {"ar": context, "verified": denoiser + context}.get(mode, denoiser)
+
+
 def common(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """What two sequences of tokens begin with in common."""
     n = min(len(one), len(other))

@@ -116,6 +116,7 @@ class Engine:
       share: see `steps.denoise`.
       watches: whether events bring their blocks, for which the host waits each round.
       prefix: tokens that prompts begin with, most of them at least, which are read once.
+      kinds: what requests will ask, if it is known, so that no program is compiled for less.
     """
 
     def __init__(
@@ -132,6 +133,7 @@ class Engine:
         about: str = "",
         watches: bool = False,
         prefix: Sequence[int] = (),
+        kinds: Kinds | None = None,
     ):
         self._shards = towers.context.row_shards
         lanes, self._lane_slots, self._lane_bench = lanes_of(towers, slots, capacity)
@@ -149,7 +151,7 @@ class Engine:
         for lane in self._lanes if remembered else ():
             self._learn(lane.devices, remembered)
         self._rows: dict[int, Row] = {}  # by ticket
-        self._kinds = Kinds()
+        self._kinds = kinds or Kinds()
         self._tickets: dict[Hashable, int] = {}
         self._next = 0
 

@@ -20,7 +20,7 @@ import twotower_jax as tt
 from twotower_jax import distributed, inputs, sources
 from twotower_jax.engine.answers import Answer, grow
 from twotower_jax.engine.job import POSITIONS
-from twotower_jax.engine.request import Request
+from twotower_jax.engine.request import Request, counted
 from twotower_jax.errors import InputError, short
 from twotower_jax.placement import Placement, parse_devices, parse_mesh, shared
 from twotower_jax.tokenizer import load_tokenizer
@@ -47,8 +47,8 @@ class Tally:
     errors: list[str] = dataclasses.field(default_factory=list)
 
     def tokens_per_forward(self, mode: str) -> float | None:
-        """By passes of the denoiser; in ar, of the context tower. None if nothing was written."""
-        forwards = self.context_forwards if mode == "ar" else self.denoiser_forwards
+        """By the passes that `counted` says. None if nothing was written."""
+        forwards = counted(mode, self.denoiser_forwards, self.context_forwards)
         return self.tokens / forwards if forwards else None
 
     def add_errors(self, errors: Sequence[str | None]) -> None:
