@@ -20,7 +20,7 @@ KINDS = [("diffusion", 16, True), ("diffusion", 5, False), ("ar", 1, True), ("mo
 MORE = [*KINDS, ("diffusion", 16, False), ("diffusion", 5, True), ("ar", 1, False), ("mock-ar", 1, True)]
 
 
-def random_requests(model, count, seed=0, kinds=KINDS, prompts=SHORT):
+def random_requests(model, count, seed=0, kinds=KINDS, prompts=SHORT, rules=RULES):
     """Of all lengths, rules, steps, samplers and seeds, in random order; a kind is mode, block, whether drawn."""
     rng = np.random.default_rng(seed)
     vocab = model.config.vocab_size
@@ -33,7 +33,7 @@ def random_requests(model, count, seed=0, kinds=KINDS, prompts=SHORT):
             max_new_tokens=int(rng.choice(OUTPUTS)),
             block_size=block,
             steps_per_block=int(rng.integers(1, 17)),
-            unmasking=str(rng.choice(RULES)),
+            unmasking=str(rng.choice(rules)),
             draft_passes=rng.choice([None, 1, 2, 4]),
             temperature=float(rng.choice([0.5, 1.5])) if drawn else 0.0,
             top_k=int(rng.integers(2, 30)) if drawn and rng.random() < 0.5 else None,

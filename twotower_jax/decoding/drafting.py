@@ -47,6 +47,7 @@ class Drafting:
         before = self.loss_at(block, block.step - 1)
         gain = jnp.where(block.step == 0, self.gain, jnp.minimum(self.gain, _saved(before, loss)))
         good = self.pays & (gain * loss < 1)
+        doubted = doubted.at[:, 0].set(False)  # the row's last token is no draft
         return commit | beyond | (block.masked & good[:, None]), doubted & ~good[:, None]
 
     def loss(self, block: Block, tokens: jax.Array, confidence: jax.Array) -> jax.Array:
