@@ -19,8 +19,8 @@ SIZES = range(4, 17)
 
 @pytest.mark.parametrize("name", ["tiny-0", "grouped-0", "trained-0"])
 def test_text_is_ars(name):
-    """Greedy and drawn, in ragged batches, beside rows of other modes, with ids that end rows, for all block sizes and numbers of
-    draft passes; the denoisers are noise, or half trained.
+    """Greedy and drawn, in ragged batches, beside rows of other modes, with ids that end rows; for all block sizes and
+    numbers of draft passes, whether the denoiser is noise or half trained.
     """
     model = load(name)
     verified = [("verified", size, bool(size % 2)) for size in SIZES]
