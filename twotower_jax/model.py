@@ -291,6 +291,23 @@ class Model:
         made |= {"watches": watches, "prefix": prefix, "kinds": kinds}
         return Engine(self.towers, self.programs, self.params, about=line, **made)
 
+    def engine_for(self, requests: Sequence[Request], **made: Any) -> Engine:
+        """An engine of the size of some checked requests, one or more, which knows what they begin with and ask.
+
+        Args:
+          requests: all that are to come.
+          **made: other arguments of `engine`.
+        """
+        read_first = [request.prompt[: request.read_first] for request in requests]
+        return self.engine(
+            longest=max(request.positions for request in requests),
+            block_size=max(request.block for request in requests),
+            waiting=len(requests),
+            kinds=functools.reduce(Kinds.including, requests, Kinds()),
+            prefix=worth_sharing(functools.reduce(common, read_first), len(requests)),
+            **made,
+        )
+
     def stream(
         self, requests: Iterable[Request], *, slots: int | None = None, mask_token_id: int = 3
     ) -> Iterator[Event]:
@@ -329,16 +346,7 @@ class Model:
         """Checked requests, by an engine of their size."""
         if not requests:
             return iter(())
-        engine = self.engine(
-            longest=max(request.positions for request in requests),
-            block_size=max(request.block for request in requests),
-            waiting=len(requests),
-            slots=slots,
-            mask_token_id=mask_token_id,
-            watches=watches,
-            kinds=functools.reduce(Kinds.including, requests, Kinds()),
-            prefix=worth_sharing(functools.reduce(common, [r.prompt[: r.read_first] for r in requests]), len(requests)),
-        )
+        engine = self.engine_for(requests, slots=slots, mask_token_id=mask_token_id, watches=watches)
         return engine.run(requests)
 
     def context_logits(self, ids: Sequence[int]) -> np.ndarray:

@@ -28,7 +28,14 @@ from twotower_jax.tokenizer import load_tokenizer
 LIKELIHOODS = ("context", "denoiser")
 UNSAID = 256  # new tokens where a task names no number, as for lm-eval's own models
 GENERATION = ("until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k")  # what a task may say
-DECODING = ("block_size", "steps_per_block", "confidence_threshold", "draft_passes")  # fields of `Request`
+DECODING = (  # fields of `Request`
+    "block_size",
+    "steps_per_block",
+    "confidence_threshold",
+    "unmasking",
+    "draft_passes",
+    "accept_probability",
+)
 
 
 @dataclasses.dataclass
@@ -71,7 +78,8 @@ class TwoTowerLM(TemplateLM):
       slots: rows that are written at a time; by default as many as fit and pay.
       seed: of the random draws, with the prompt and how often it came before.
       name: of the model.
-      **decoding: block_size, steps_per_block, confidence_threshold, draft_passes; see `tt.Request`.
+      **decoding: block_size, steps_per_block, confidence_threshold, unmasking, draft_passes, accept_probability; see
+        `tt.Request`.
 
     Attributes:
       tally: of what was written so far.
@@ -220,12 +228,7 @@ class TwoTowerLM(TemplateLM):
             asked.append(self._answer(key, context, options, row))
         if not asked:
             return []
-        engine = self.model.engine(
-            longest=max(answer.request.positions for answer in asked),
-            block_size=max(answer.request.block for answer in asked),
-            waiting=len(asked),
-            slots=self._slots,
-        )
+        engine = self.model.engine_for([answer.request for answer in asked], slots=self._slots)
         hidden = True if disable_tqdm or not distributed.first() else None
         with tqdm(total=len(asked), desc=f"{self.mode}: generate_until", disable=hidden) as bar:
             for answer in grow(engine, self._text, asked):
