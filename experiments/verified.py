@@ -14,6 +14,7 @@ import twotower_jax as tt
 from experiments import harness
 from experiments.evaluate import NEW_TOKENS, TOKENIZER
 
+ACCEPTED = [1.0, 0.5, 0.3, 0.1, 0.03, 0.01]
 DRAFTS = {"1": 1, "2": 2, "3": 3, "4": 4, "adaptive": None}
 
 
@@ -54,6 +55,22 @@ def table(model: tt.Model, examples: list[dict]) -> dict:
     return found
 
 
+def accepting(model: tt.Model, examples: list[dict]) -> dict:
+    """Exact match, and passes of both towers per token, where drafts that AR gives a probability are accepted too."""
+    prompts = [TOKENIZER.encode(example["prompt"]).ids for example in examples]
+    answers = [TOKENIZER.encode(example["completion"]).ids for example in examples]
+    found = {}
+    for probability in ACCEPTED:
+        tokens, used = decode(model, prompts, "verified", accept_probability=probability)
+        found[str(probability)] = values = {
+            "exact_match": float(np.mean([row == answer for row, answer in zip(tokens, answers, strict=True)])),
+            "passes_per_token": used.sum() / sum(map(len, tokens)),
+        }
+        exact, passes = values["exact_match"], values["passes_per_token"]
+        print(f"accepting {probability}: {exact:.1%} exact, {passes:.3f} passes per token", flush=True)
+    return found
+
+
 def in_bfloat16(prompts: list[list[int]]) -> dict:
     """How many texts are AR's, and how far apart AR's logits were at the first differences."""
     model = tt.load("demo")
@@ -84,7 +101,8 @@ def draw(axes, results):
 def main():
     args = harness.parser(__doc__).parse_args()
     examples = harness.examples(args.rows)
-    results = {"rows": len(examples), "drafts": table(tt.load("demo", dtype="float32"), examples)}
+    model = tt.load("demo", dtype="float32")
+    results = {"rows": len(examples), "drafts": table(model, examples), "accepting": accepting(model, examples)}
     results["bfloat16"] = found = in_bfloat16([TOKENIZER.encode(example["prompt"]).ids for example in examples])
     print(f"bfloat16: {found['equal']:.1%} of the texts are AR's; the largest gap {found['largest_gap']:.3f}")
     harness.save("verified", results, draw)
