@@ -62,7 +62,7 @@ class _Place:
         self.group, self._programs, self._what = group, programs, what
         states = sharding.state_spec(group.whole)
         self.bench_spec = Bench(rows=ROWS, waiting=ROWS, state=states)
-        self.slots_spec = Slots(rows=ROWS, state=states, block=ROWS, begun=ROWS, gain=ROWS, held=ROWS)
+        self.slots_spec = Slots(rows=ROWS, state=states, block=ROWS, begun=ROWS, history=ROWS, held=ROWS)
         shards = group.row_shards
         self.bench = self.run(Program(empty_bench, (), self.bench_spec), rows=bench // shards, **arrays)
         sizes = {"rows": slots // shards, "block_size": block_size}

@@ -11,6 +11,7 @@ from flax import struct
 from twotower_jax.config import Config
 from twotower_jax.decoding import BLOCK_MODES, MODES
 from twotower_jax.decoding.block import Block, masked_block
+from twotower_jax.decoding.drafting import DraftHistory, no_drafts
 from twotower_jax.decoding.sampling import ALL, Sampler, position_keys, row_keys
 from twotower_jax.decoding.unmasking import NAMES, Unmasking
 from twotower_jax.engine.request import STOP_IDS, Request
@@ -178,7 +179,7 @@ class Slots:
       state: the context's, before each row's block.
       block: the blocks, of rows that are denoised.
       begun: (B,) bool, rows whose block is being denoised.
-      gain: (B,) float32, see `decoding.drafting`.
+      history: of drafts.
       held: (B, S) int32, what the last draft has right after a token that was wrong, up to the row's end, where it goes
         in the next draft; EMPTY elsewhere.
     """
@@ -187,7 +188,7 @@ class Slots:
     state: TowerState
     block: Block
     begun: jax.Array
-    gain: jax.Array
+    history: DraftHistory
     held: jax.Array
 
 
@@ -221,9 +222,9 @@ def empty_bench(config: Config, rows: int, capacity: int, dtype: jnp.dtype) -> B
 
 def empty_slots(config: Config, rows: int, capacity: int, block_size: int, dtype: jnp.dtype) -> Slots:
     """With no rows."""
-    no, gain, held = jnp.zeros(rows, bool), jnp.zeros(rows, jnp.float32), jnp.full((rows, block_size), EMPTY, jnp.int32)
+    no, held = jnp.zeros(rows, bool), jnp.full((rows, block_size), EMPTY, jnp.int32)
     block = masked_block(no, jnp.ones(rows, jnp.int32), block_size, mask_id=0)
-    return Slots(_no_rows(rows), empty_state(config, rows, capacity, dtype), block, no, gain, held)
+    return Slots(_no_rows(rows), empty_state(config, rows, capacity, dtype), block, no, no_drafts(rows), held)
 
 
 def _no_rows(count: int) -> Rows:

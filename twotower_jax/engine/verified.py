@@ -14,7 +14,7 @@ from twotower_jax import two_tower
 from twotower_jax.config import Config
 from twotower_jax.decoding.block import masked_block
 from twotower_jax.decoding.diffusion import Diffusion
-from twotower_jax.decoding.drafting import GAIN, Drafting
+from twotower_jax.decoding.drafting import Drafting
 from twotower_jax.decoding.vocabulary import Vocabulary
 from twotower_jax.engine.rows import EMPTY, Kinds, News, Rows, Slots
 from twotower_jax.engine.steps import filled, no_news, when
@@ -36,21 +36,23 @@ def draft(
     """
     rows, width = slots.rows, slots.block.tokens.shape[1]
     own = rows.of_mode("verified")
-    pays = rows.steps == 0
-    unmasking = rows.unmasking(kinds).replace(steps=jnp.where(pays, width, rows.steps))
-    begins = rows.written == 0
-    drafting = Drafting(unmasking, pays, jnp.where(begins, GAIN, slots.gain), rows.ends)
-    rules = Diffusion(rows.sampler(kinds), drafting, mask_id)
-    size = jnp.where(begins, 1, rows.size)  # the first token is AR's: drafts begin where an answer does
-    fresh = masked_block(own & ~slots.begun, size, width, mask_id)
+    pays, begins, starts = rows.steps == 0, rows.written == 0, own & ~slots.begun
     held = ~begins[:, None] & (slots.held != EMPTY)
+    history = slots.history.after(starts, begins, rows.written, slots.block.size)
+    unmasking = rows.unmasking(kinds).replace(steps=jnp.where(pays, width, rows.steps))
+    drafting = Drafting(unmasking, pays, history.gain, rows.ends)
+    rules = Diffusion(rows.sampler(kinds), drafting, mask_id)
+    # The first token is AR's: drafts begin where an answer does.
+    none = begins | (pays & ~history.worth_drafting & ~held.any(1))
+    fresh = masked_block(starts, jnp.where(none, 1, rows.size), width, mask_id)
     fresh = fresh.replace(
         tokens=jnp.where(held, slots.held, fresh.tokens).at[:, 0].set(rows.last),
         masked=(fresh.masked & ~held.any(1, keepdims=True)).at[:, 0].set(False),
         confidence=fresh.confidence.at[:, 0].set(1),
     )
     block, done = filled(config, params, rules, slots, own, fresh, rows.keys(width, last=True), share, most)
-    slots = slots.replace(block=block, begun=(slots.begun | own) & ~done, gain=drafting.learned(block, own & done))
+    history = history.replace(gain=drafting.learned(block, own & done))
+    slots = slots.replace(block=block, begun=(slots.begun | own) & ~done, history=history)
     return slots, jnp.where(done, block.size, 0), jnp.where(done, block.step, 0)
 
 
