@@ -11,7 +11,7 @@ class InputError(ValueError):
 def short(value: object) -> str:
     """`repr`, cut to what a line can hold."""
     try:
-        text = repr(value)
+        text = " ".join(repr(value).split())  # arrays have lines
     except ValueError:  # Python refuses to print an integer of thousands of digits
         text = "a number of thousands of digits"
     return text if len(text) <= 60 else text[:57] + "..."

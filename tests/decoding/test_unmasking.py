@@ -140,9 +140,9 @@ def test_written_rules():
     for wrong, message in [
         ("best", "unmasking 'best' does not exist; choose threshold, factor"),
         (None, "does not exist"),
-        ("factor=", "takes 1 number at most"),
+        ("factor=", "takes NAME=NUMBER such as factor=1"),
         ("factor=x", "takes NAME=NUMBER such as factor=1"),
-        ("margin=0.1,0.2", "takes 1 number at most"),
+        ("margin=0.1,0.2", "margin takes one number at most"),
         ("margin=2", "unmasking margin must be a number, 0 or more and at most 1"),
         ("remask=0.5,nan", "second number must be"),
     ]:

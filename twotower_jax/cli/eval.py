@@ -54,8 +54,11 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--likelihood takes {' or '.join(harness.LIKELIHOODS)}, not {args.likelihood}")
     limit = None if args.limit is None else inputs.whole("--limit", args.limit, 1)
     out = None if args.out is None else sources.user_path(args.out)
-    if out is not None and not out.parent.is_dir():
-        raise InputError(f"--out {out}: there is no folder {out.parent}")
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        raise InputError(f"--out {out}: " + ("it is a folder" if out.is_dir() else f"there is no folder {out.parent}"))
+    for mode in modes:
+        if mode not in MODES:
+            raise InputError(f"--modes: {mode} does not exist; choose {', '.join(MODES)}")
     include = None if args.include is None else sources.user_path(args.include)
     if include is not None and not include.is_dir():
         raise InputError(f"--include {include} is no folder")
@@ -81,9 +84,9 @@ def run(args: argparse.Namespace) -> int:
         "seconds": time.time() - start,
         "benchmarks": [dataclasses.asdict(row) for row in rows],
     }
+    print(json.dumps(result) if args.json else report.table(rows, modes), flush=True)
     if out is not None:
         Path(out).write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result) if args.json else report.table(rows, modes))
     errors = list(dict.fromkeys(error for row in rows for mode in row.modes.values() for error in mode.errors))
     for error in errors:
         print(f"twotower: {error}", file=sys.stderr)

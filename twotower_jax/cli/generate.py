@@ -102,9 +102,6 @@ def run(args: argparse.Namespace) -> int:
             kinds, texts, prompts, result.tokens, result.forwards, result.errors, strict=True
         )
     ]
-    if recorder is not None and jax.process_index() == 0:
-        settings = {name: value for name, value in options.items() if value is not None}
-        trace.draw(recorder.trace(args.model, settings, lambda i: decode([i]) or f"⟨{i}⟩"), args.trace)
     if jax.process_index() > 0:
         pass  # the first process speaks
     elif args.json:
@@ -114,6 +111,10 @@ def run(args: argparse.Namespace) -> int:
         for row in rows:
             _print_row(row)
         print(f"{result.seconds:.2f} s, and {result.compile_seconds:.1f} s to compile")
+    sys.stdout.flush()
+    if recorder is not None and jax.process_index() == 0:
+        settings = {name: value for name, value in options.items() if value is not None}
+        trace.draw(recorder.trace(args.model, settings, lambda i: decode([i]) or f"⟨{i}⟩"), args.trace)
     return 1 if any(result.errors) else 0
 
 

@@ -157,9 +157,10 @@ def chosen(text: Any) -> Choice:
     if name not in NAMES:
         raise InputError(f"unmasking {short(text)} does not exist; choose {', '.join(NAMES)}, as NAME or NAME=NUMBER")
     rule = RULES[name]
-    given = numbers.split(",") if numbers else []
-    if len(given) > 1 + (rule.doubt > 0) or (not numbers and text.endswith("=")):
-        raise InputError(f"unmasking {name} takes {1 + (rule.doubt > 0)} number at most, not {short(text)}")
+    given = numbers.split(",") if "=" in text else []
+    if len(given) > 1 + (rule.doubt > 0):
+        many = "two numbers" if rule.doubt else "one number"
+        raise InputError(f"unmasking {name} takes {many} at most, not {short(text)}")
     try:
         values = [float(number) for number in given]
     except ValueError:

@@ -158,6 +158,7 @@ def _count(summary: Summary, answer: dict[str, Any]) -> None:
     summary.tokens += usage["completion_tokens"]
     summary.denoiser_forwards += usage["denoiser_forwards"]
     summary.context_forwards += usage["context_forwards"]
+    summary.forwards += usage["forwards"]
 
 
 def _lines(answered: Any, stop: Stop, compiled: list[float]) -> Iterator[bytes]:

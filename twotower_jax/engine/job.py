@@ -17,7 +17,7 @@ from twotower_jax.engine import sizes
 from twotower_jax.engine.answers import Answer, grow
 from twotower_jax.engine.files import Lines, Results, opened
 from twotower_jax.engine.lines import Line, Reader, refusal, result
-from twotower_jax.engine.request import Request, common, worth_sharing
+from twotower_jax.engine.request import Request, common, counted, worth_sharing
 from twotower_jax.engine.rows import Kinds
 from twotower_jax.interrupts import Stop
 from twotower_jax.model import Model
@@ -62,7 +62,8 @@ class Summary:
       seconds: of generation, without compilation.
       compile_seconds: of compilation.
       tokens_per_second: tokens by seconds.
-      tokens_per_forward: tokens by denoiser passes; None if there were none.
+      forwards: the passes that tokens per forward is counted by, see `engine.request.counted`.
+      tokens_per_forward: None if there were none.
       latency: seconds from when a line is taken to when it is answered, without compilation: quantiles by name.
       slots: rows at a time.
       slot_use: share of slots that had a row while requests waited; None if none ever did.
@@ -77,6 +78,7 @@ class Summary:
     tokens: int = 0
     denoiser_forwards: int = 0
     context_forwards: int = 0
+    forwards: int = 0
     seconds: float = 0.0
     compile_seconds: float = 0.0
     tokens_per_second: float = 0.0
@@ -89,13 +91,13 @@ class Summary:
     def finish(self, latencies: list[float]) -> None:
         """Makes the quotients and quantiles."""
         self.tokens_per_second = self.tokens / self.seconds if self.tokens else 0.0
-        self.tokens_per_forward = self.tokens / self.denoiser_forwards if self.denoiser_forwards else None
+        self.tokens_per_forward = self.tokens / self.forwards if self.forwards else None
         if latencies:
             values = np.quantile(latencies, [0.5, 0.9, 0.99]).tolist()
             self.latency = dict(zip(("p50", "p90", "p99"), values, strict=True))
 
     def __str__(self) -> str:
-        rate = "" if self.tokens_per_forward is None else f", {self.tokens_per_forward:.2f} tokens per denoiser forward"
+        rate = "" if self.tokens_per_forward is None else f", {self.tokens_per_forward:.2f} tokens per forward"
         waits = "".join(f", {name} {seconds:.2f} s" for name, seconds in self.latency.items())
         latency = f"; latency{waits[1:]}" if waits else ""
         use = "" if self.slot_use is None else f", {self.slot_use:.0%} of them in use"
@@ -260,7 +262,7 @@ class Job:
                 self._write(line, answer)
                 bar.update()
                 spent = bar.format_dict["elapsed"] or 1
-                rate = s.tokens / s.denoiser_forwards if s.denoiser_forwards else 0
+                rate = s.tokens / s.forwards if s.forwards else 0
                 bar.set_postfix_str(f"{s.tokens / spent:.0f} tokens/s, {rate:.1f} a forward")
             if self._stop.late:
                 break
@@ -273,6 +275,7 @@ class Job:
         s.prompt_tokens, s.tokens = s.prompt_tokens + len(answer.request.prompt), s.tokens + len(answer.tokens)
         s.denoiser_forwards += answer.forwards[0]
         s.context_forwards += answer.forwards[1]
+        s.forwards += counted(answer.request.mode, *answer.forwards)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from twotower_jax import inputs
 from twotower_jax.engine.answers import Answer
-from twotower_jax.engine.request import Request
+from twotower_jax.engine.request import Request, counted
 from twotower_jax.errors import InputError, short
 
 LONGEST = 2**23  # bytes of a line
@@ -318,6 +318,7 @@ def result(line: Line, answer: Answer, tokenizer: Tokenizer | None, model: str) 
     prompt, written = len(ask.request.prompt), len(answer.tokens)
     usage = {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
     usage |= {"denoiser_forwards": answer.forwards[0], "context_forwards": answer.forwards[1]}
+    usage |= {"forwards": counted(ask.request.mode, *answer.forwards)}
     body = {"id": line.id, "object": "text_completion", "created": 0, "model": ask.model or model}
     body |= {"choices": [choice], "usage": usage}
     response = {"status_code": 200, "request_id": line.id, "body": body}

@@ -41,7 +41,8 @@ def draw(trace: Trace, path: str | os.PathLike) -> None:
     The file appears when it is whole; one that is there is replaced.
 
     Raises:
-      InputError: see `check`; or it could not be written.
+      InputError: see `check`.
+      OSError: it could not be written.
     """
     target = check(path)
     made = _drawn(trace, Path(path).suffix.lower())
@@ -51,7 +52,7 @@ def draw(trace: Trace, path: str | os.PathLike) -> None:
             file.write(made)
         os.replace(unfinished, target)
     except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}") from None
+        raise OSError(f"{path} cannot be written: {error.strerror}") from None
     finally:
         with contextlib.suppress(OSError):
             unfinished.unlink()

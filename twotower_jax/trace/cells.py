@@ -62,7 +62,7 @@ def key(sheet: Sheet, y: float, row: Row, most: float) -> float:
     items += [(scale, "0 to 100 % sure"), ([Cell("fixed", -1)], "written before")]
     if row.mode == "verified":
         items.append(([Cell("rejected", -1), Cell("correction", -1)], "draft rejected; the context tower's token"))
-    elif row.blocks:
+    if row.blocks:
         items.append((times, "text: early to late pass"))
     else:
         items = [(scale, "a token's colour: its probability, 0 to 100 %")]

@@ -24,10 +24,11 @@ def counted(number: int, thing: str) -> str:
 
 
 def rate(row: Row) -> str:
-    """Tokens per pass, of the tower whose passes write them."""
+    """Tokens per pass, of the tower whose passes write them; in verified decoding of both."""
     if row.mode in ("ar", "mock-ar"):
         return "1 token a pass"
-    return f"{len(row.tokens) / row.forwards[0]:.3g} tokens per denoiser pass" if row.forwards[0] else "no pass"
+    passes, whose = (sum(row.forwards), "") if row.mode == "verified" else (row.forwards[0], "denoiser ")
+    return f"{len(row.tokens) / passes:.3g} tokens per {whose}pass" if passes else "no pass"
 
 
 def counts(row: Row) -> list[str]:
