@@ -17,7 +17,7 @@ from twotower_jax.tokenizer import load_tokenizer
 SIZES = range(4, 17)
 
 
-@pytest.mark.parametrize("name", ["tiny-0", "grouped-0", "trained-0"])
+@pytest.mark.parametrize("name", ["tiny-0", "grouped-0", pytest.param("trained-0", marks=pytest.mark.slow)])
 def test_text_is_ars(name):
     """Greedy and drawn, in ragged batches, beside rows of other modes, with ids that end rows; for all block sizes and
     numbers of draft passes, whether the denoiser is noise or half trained.
