@@ -54,10 +54,8 @@ def test_diffusion(golden, setting):
     assert g.errors == [None] * 4
 
 
-LATER = [pytest.param(setting, marks=pytest.mark.slow) for setting in SETTINGS[1:3]]
-
-
-@pytest.mark.parametrize("setting", [SETTINGS[0], *LATER], ids=tag)
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", SETTINGS[:3], ids=tag)
 def test_diffusion_alone(golden, setting):
     for row in golden.rows:
         g = diffuse(golden, [golden.prompt(row)], setting)

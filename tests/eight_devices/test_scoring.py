@@ -15,7 +15,7 @@ PAIRS = [([*PREAMBLE, i, 9], [i + 3, 7, 8][: 1 + i % 3]) for i in range(11)] + [
 @pytest.mark.parametrize(
     ("model", "where"),
     [
-        pytest.param("tiny-0", (range(4), range(4, 8), {"data": 2, "tensor": 2}), id="split, 2 x 2"),
+        pytest.param("tiny-0", (range(4), range(4, 8), {"data": 2, "tensor": 2}), id="split, 2 x 2", marks=LATER),
         pytest.param("tiny-0", (ALL, ALL, {"data": 2, "expert": 2, "tensor": 2}), id="2 x 2 x 2", marks=LATER),
         pytest.param("tiny-0", (ALL, ALL, {"expert": 8}), id="experts", marks=LATER),
         pytest.param("grouped-0", ([4, 5], [3, 2], {"tensor": 2}), id="grouped, split", marks=LATER),

@@ -17,7 +17,9 @@ from twotower_jax.tokenizer import load_tokenizer
 SIZES = range(4, 17)
 
 
-@pytest.mark.parametrize("name", ["tiny-0", "grouped-0", pytest.param("trained-0", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["tiny-0", *(pytest.param(name, marks=pytest.mark.slow) for name in ("grouped-0", "trained-0"))]
+)
 def test_text_is_ars(name):
     """Greedy and drawn, in ragged batches, beside rows of other modes, with ids that end rows; for all block sizes and
     numbers of draft passes, whether the denoiser is noise or half trained.
@@ -61,7 +63,8 @@ def test_all_is_accepted_if_all_will_do(tiny):
     assert g.forwards == [4 + 3] * 4  # of the context tower, of the denoiser
 
 
-@pytest.mark.parametrize("name", ["demo", pytest.param("trained-0", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["demo", "trained-0"])
 def test_in_bfloat16_near_ties_alone_differ(name):
     """Where a text is not AR's, AR's own logits were next to equal at the first token that differs."""
     model = load(name, "bfloat16")

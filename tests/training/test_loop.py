@@ -136,6 +136,7 @@ def test_fresh_towers_are_the_backbone(settings, backbone, home):
     assert model.generate_mock_ar(prompts, 24).tokens == base.generate_ar(prompts, 24).tokens
 
 
+@pytest.mark.slow
 def test_tied_towers_are_one(settings, backbone):
     model = trained(settings("tied", "tied", backbone))
     for name in ("tower", "head"):
