@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import twotower_jax as tt
 
@@ -34,6 +35,16 @@ for name, value in {"jax_compilation_cache_dir": PROGRAMS, "jax_persistent_cache
 def load(name: str, dtype: str = "float32") -> tt.Model:
     """A golden checkpoint, or a shipped model."""
     return tt.load(DATA / name if (DATA / name).is_dir() else name, dtype=dtype)
+
+
+def write_broken_model(folder: Path) -> None:
+    """tiny-0, but the context tower's embedding of token 9 is not finite."""
+    everything = {}
+    for file in (DATA / "tiny-0").glob("*.safetensors"):
+        everything |= load_file(file)
+    everything["context_tower.embeddings.weight"][9] = np.nan
+    save_file(everything, folder / "model.safetensors")
+    shutil.copy(DATA / "tiny-0" / "config.json", folder)
 
 
 class Golden:

@@ -1,14 +1,11 @@
 """The command as a user types it."""
 
 import json
-import shutil
 import subprocess
 import sys
 
-import numpy as np
 import pytest
-from conftest import DATA
-from safetensors.numpy import load_file, save_file
+from conftest import DATA, write_broken_model
 
 from twotower_jax import cli
 
@@ -136,12 +133,7 @@ def test_output_that_cannot_be_written():
 
 def test_a_row_that_fails(capsys, tmp_path):
     """Exit status 1; the error stands with its row, and the other row is whole."""
-    everything = {}
-    for file in (DATA / "tiny-0").glob("*.safetensors"):
-        everything |= load_file(file)
-    everything["context_tower.embeddings.weight"][9] = np.nan
-    save_file(everything, tmp_path / "model.safetensors")
-    shutil.copy(DATA / "tiny-0" / "config.json", tmp_path)
+    write_broken_model(tmp_path)
     command = ["generate", str(tmp_path), "--ids", "5,9,6", "--ids", "5,6", "--max-new-tokens", "16"]
     status, out, _ = run(capsys, *command)
     assert status == 1

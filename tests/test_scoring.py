@@ -3,14 +3,12 @@
 import itertools
 import json
 import math
-import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import DATA, byte_ids, load
-from safetensors.numpy import load_file, save_file
+from conftest import DATA, byte_ids, load, write_broken_model
 
 import twotower_jax as tt
 from twotower_jax import cli, two_tower
@@ -204,12 +202,7 @@ def test_masks():
 
 def test_not_finite(tmp_path):
     """An error for the pair, never a number; others beside it, and after it in the same rows, are whole."""
-    everything = {}
-    for file in (DATA / "tiny-0").glob("*.safetensors"):
-        everything |= load_file(file)
-    everything["context_tower.embeddings.weight"][9] = np.nan
-    save_file(everything, tmp_path / "model.safetensors")
-    shutil.copy(DATA / "tiny-0" / "config.json", tmp_path)
+    write_broken_model(tmp_path)
     model, whole = tt.load(tmp_path, dtype="float32"), load("tiny-0")
     pairs = [([5, 9], [6]), ([5, 6], [7, 8]), ([9] * 70, [1] * 40), ([6] * 70, [2] * 40), ([5], [6, 9])]
     for by in ("context", "denoiser"):
