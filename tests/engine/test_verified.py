@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import golden_of, largest_difference, load
@@ -11,7 +12,9 @@ from streams import heard, random_requests
 
 import twotower_jax as tt
 from twotower_jax import sources, two_tower
+from twotower_jax.engine import verified
 from twotower_jax.engine.request import Request
+from twotower_jax.engine.rows import EMPTY, as_rows
 from twotower_jax.tokenizer import load_tokenizer
 
 SIZES = range(4, 17)
@@ -25,9 +28,9 @@ def test_text_is_ars(name):
     numbers of draft passes, whether the denoiser is noise or half trained.
     """
     model = load(name)
-    verified = [("verified", size, bool(size % 2)) for size in SIZES]
+    drafted = [("verified", size, bool(size % 2)) for size in SIZES]
     others = [("diffusion", 16, False), ("diffusion", 7, True)] if name == "tiny-0" else []
-    asked = list(random_requests(model, 48, kinds=[*verified, *others], rules=["threshold", "remask=0.3,0.9"]))
+    asked = list(random_requests(model, 48, kinds=[*drafted, *others], rules=["threshold", "remask=0.3,0.9"]))
     as_ar = [dataclasses.replace(r, mode="ar" if r.mode == "verified" else r.mode) for r in asked]
     tokens, last = heard(model.stream(asked, slots=16))
     expected, _ = heard(model.stream(as_ar, slots=16))
@@ -61,6 +64,33 @@ def test_all_is_accepted_if_all_will_do(tiny):
     g = tiny.model.generate_verified(tiny.prompts, 1 + 48, draft_passes=1, accept_probability=1e-30)
     assert [len(row) for row in g.tokens] == [49] * 4
     assert g.forwards == [4 + 3] * 4  # of the context tower, of the denoiser
+
+
+def test_rejected_drafts_cost_little(tiny):
+    """A denoiser of which AR accepts next to nothing is soon asked no more: little over a pass a token, and not two."""
+    g = tiny.model.generate_verified(tiny.prompts, 1 + 48)
+    assert 49 * 4 <= sum(g.forwards) < 1.4 * 49 * 4
+    once = tiny.model.generate_verified(tiny.prompts, 1 + 48, draft_passes=1)
+    assert sum(once.forwards) > 1.8 * 49 * 4
+
+
+def test_held_is_what_is_right_up_to_the_end():
+    """Against a plain loop: the tokens after the wrong one, moved to where the next draft has them, or none."""
+    rng = np.random.default_rng(0)
+    count, width, end = 300, 8, 5
+    asked = [Request(i, [7], "verified", eos_token_id=end).checked(128, True) for i in range(count)]
+    right = np.where(rng.random((count, width)) < 0.8, rng.integers(4, 9, (count, width)), EMPTY)
+    kept = rng.integers(1, width + 1, count)
+    found = verified._held(as_rows(asked, range(count)), jnp.asarray(right), jnp.asarray(kept))
+    some = 0
+    for row in range(count):
+        after = right[row, kept[row] :].tolist()
+        whole = after[: after.index(end) + 1] if end in after else []
+        whole = [] if EMPTY in whole else whole
+        some += bool(whole)
+        expected = [EMPTY, *whole, *[EMPTY] * width][:width]
+        assert found[row].tolist() == expected, (right[row], kept[row])
+    assert 20 < some < count
 
 
 @pytest.mark.slow

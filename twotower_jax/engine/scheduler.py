@@ -286,7 +286,8 @@ class Engine:
         """What the lane's oldest round wrote."""
         seated: set[int] = set()
         parts, loaded = lane.rounds.popleft()
-        for news, block in [(lane.devices.fetch(news), block) for news, block in parts]:
+        for there, block in parts:
+            news = lane.devices.fetch(there)
             seated |= set(news.ticket.tolist())
             for i in np.flatnonzero((news.count > 0) | news.ended):
                 if (ticket := int(news.ticket[i])) in self._rows:
