@@ -27,7 +27,7 @@ from twotower_jax.parameters import Parameter, Part, cut, flatten, unflatten, wh
 
 PARAMS = "params"
 CONTENTS = "checkpoint.json"
-FORMAT = 2  # of both; 1 was without slices of large matrices
+FORMAT = 3  # of both; 1 was without slices of large matrices, 2 with experts' `up` as (E, D, F)
 GROUP_BYTES = 2**25  # small parameters are written and read together, up to this much
 PIECE_BYTES = 2**20  # of an array have a checksum of their own, about, so that a part can be read alone
 CHUNK_BYTES = 2**23  # of an array lie together at most

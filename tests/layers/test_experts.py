@@ -17,7 +17,7 @@ def test_every_chosen_expert_answers(tokens, way):
     total, chosen, width, inner = 12, 2, 8, 6
     x, up, down = (
         rng.standard_normal(shape).astype(np.float32)
-        for shape in ((tokens, width), (total, width, inner), (total, inner, width))
+        for shape in ((tokens, width), (total, inner, width), (total, inner, width))
     )
     chosen_experts = np.stack([np.full(tokens, 7), rng.integers(8, total + 1, tokens)], axis=1)
     chosen_experts[::5] = [3, 1]
@@ -26,6 +26,6 @@ def test_every_chosen_expert_answers(tokens, way):
     expected = np.zeros_like(x)
     for token in range(tokens):
         for e, weight in zip(chosen_experts[token] % total, weights[token], strict=True):
-            expected[token] += weight * (np.maximum(x[token] @ up[e], 0) ** 2 @ down[e])
+            expected[token] += weight * (np.maximum(up[e] @ x[token], 0) ** 2 @ down[e])
     y = way(*map(jnp.asarray, (x, chosen_experts, weights, up, down)))
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())

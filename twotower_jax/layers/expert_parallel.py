@@ -19,7 +19,7 @@ def routed_over_devices(x, experts, weights, up, down, c: Config) -> jax.Array:
       x: (tokens, D), a device's own.
       experts: (tokens, k) int32, of all E.
       weights: (tokens, k) float32.
-      up: (E / devices, D, F), a device's own.
+      up: (E / devices, F, D), a device's own.
       down: (E / devices, F, D).
       c: the config of one device.
 

@@ -18,7 +18,7 @@ def describe(c: Config) -> dict[str, Parameter]:
     return {
         "router": linear("hidden", "routes", "gate.weight", weights, float32=True),
         "correction": Parameter(("routes",), "gate.e_score_correction_bias", init=nn.initializers.zeros, float32=True),
-        "up": Parameter(("experts", "hidden", "expert_width"), "experts.{}.up_proj.weight", "linear", weights),
+        "up": Parameter(("experts", "expert_width", "hidden"), "experts.{}.up_proj.weight", init=weights),
         "down": Parameter(("experts", "expert_width", "hidden"), "experts.{}.down_proj.weight", "linear", weights),
         "shared_up": linear("hidden", "shared_width", "shared_experts.up_proj.weight", weights),
         "shared_down": linear("shared_width", "hidden", "shared_experts.down_proj.weight", weights),
