@@ -1,7 +1,6 @@
 """The products of tokens with the experts that they chose. No token is dropped."""
 
 import jax
-import jax.numpy as jnp
 
 from twotower_jax.layers.experts.chosen import in_tiles, picked
 from twotower_jax.layers.experts.dense import TOKENS_AT_ONCE, in_pieces, together
@@ -21,10 +20,20 @@ def routed(x: jax.Array, experts: jax.Array, weights: jax.Array, up: jax.Array, 
     Returns:
       (tokens, D) float32.
     """
-    x = apart(x)
+    return jax.lax.platform_dependent(apart(x), experts, weights, up, down, cpu=_on_cpu, default=_elsewhere)
+
+
+def _on_cpu(x, experts, weights, up, down):
     tokens, total = x.shape[0], up.shape[0]
-    if 3 * experts.size <= total:  # a picked expert is read, written and read again
-        return picked(x, experts, weights, up, down)
-    if tokens <= TOKENS_AT_ONCE:
+    if 2 * experts.size <= total:
+        return in_tiles(1, x, experts, weights, up, down)
+    if tokens <= 32:
         return together(x, experts, weights, up, down)
-    return jax.lax.platform_dependent(x, experts, weights, up, down, cpu=in_tiles, default=in_pieces)
+    even = experts.size // total  # tokens of an expert, were the router even
+    return in_tiles(min(max(16, 1 << even.bit_length() - 1), 128), x, experts, weights, up, down)
+
+
+def _elsewhere(x, experts, weights, up, down):
+    if 3 * experts.size <= up.shape[0]:  # a picked expert is read, written and read again
+        return picked(x, experts, weights, up, down)
+    return (together if x.shape[0] <= TOKENS_AT_ONCE else in_pieces)(x, experts, weights, up, down)

@@ -18,10 +18,11 @@ def _spread(experts, weights, total):
 
 def together(x, experts, weights, up, down):
     """All experts in one product."""
-    weights = _spread(experts, weights, up.shape[0])
-    hidden = mlp.relu2(einsum("td,efd->etf", x, up))
-    hidden *= weights.T[..., None].astype(x.dtype)
-    return einsum("etf,efd->td", hidden, down, out=jnp.float32)
+    (tokens, width), (total, inner, _) = x.shape, up.shape
+    # The weights come first, for a CPU repacks what comes second; and nothing is transposed, lest XLA do it to them.
+    hidden = mlp.relu2(einsum("nd,td->nt", up.reshape(-1, width), x)).reshape(total, inner, tokens)
+    hidden *= _spread(experts, weights, total).T[:, None].astype(x.dtype)
+    return einsum("nt,nd->td", hidden.reshape(-1, tokens), down.reshape(-1, width), out=jnp.float32)
 
 
 def in_pieces(x, experts, weights, up, down):
