@@ -20,7 +20,7 @@ from twotower_jax.engine.scheduler import Engine
 from twotower_jax.errors import InputError, short
 from twotower_jax.parameters import flatten, parameter_bytes, unflatten
 from twotower_jax.placement import Group, Placement, Towers, place
-from twotower_jax.programs import Program, Programs
+from twotower_jax.programs import Program, Programs, keep_between_runs
 from twotower_jax.scoring import pairs as scoring_pairs
 from twotower_jax.scoring.bound import Bound
 from twotower_jax.scoring.score import BY, Scores, score
@@ -51,6 +51,8 @@ class Generation:
 def load(model: str | Path, dtype: Any = "bfloat16", placement: Placement | None = None) -> "Model":
     """Loads NVIDIA's layout or a converted checkpoint, of a TwoTower or a backbone, straight onto its devices.
 
+    From then on JAX keeps what it compiles in the user's cache folder, unless it has been given another one.
+
     Args:
       model: a folder, the name of a shipped model (`demo`), or a Hugging Face id.
       dtype: of weights and activations, bfloat16 or float32; scan, norms, router, softmax and logits are always
@@ -63,6 +65,7 @@ def load(model: str | Path, dtype: Any = "bfloat16", placement: Placement | None
         divided so.
     """
     dtype = inputs.dtype(dtype)
+    keep_between_runs()
     with distributed.checked_together() as said:
         folder = sources.open_folder(sources.locate(model))
         if distributed.joined():

@@ -1,9 +1,12 @@
 """A program that all devices of a tower run, and the cache of those that are compiled."""
 
+import contextlib
 import dataclasses
 import functools
 import os
+import platform
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,13 +53,31 @@ def cache_folder() -> Path:
 
 
 def keep_between_runs() -> None:
-    """Has JAX keep what it compiles for a GPU or TPU, minutes' work for a large model, in the user's cache folder.
+    """Has JAX keep what it compiles, minutes' work for a large model, in the user's cache folder.
 
-    Not what it compiles for a CPU, which another machine that shares the folder may be unable to run. Where
-    `JAX_COMPILATION_CACHE_DIR` is set it decides alone.
+    What is compiled for a CPU has a folder for CPUs of its kind: another machine that shares the cache may be unable to
+    run it. Where `JAX_COMPILATION_CACHE_DIR` is set it decides alone; where the folder cannot be made nothing is
+    kept.
     """
-    if jax.default_backend() != "cpu" and not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder()))
+    if jax.config.jax_compilation_cache_dir:
+        return
+    folder = cache_folder()
+    if jax.default_backend() == "cpu":
+        folder /= f"cpu-{zlib.crc32(_this_cpu().encode()):08x}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def _this_cpu() -> str:
+    """What tells CPUs apart that cannot run each other's programs."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+    return f"{platform.machine()} {platform.processor()}"
 
 
 class Programs:

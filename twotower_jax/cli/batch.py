@@ -37,7 +37,6 @@ def run(args: argparse.Namespace) -> int:
     from twotower_jax import distributed, inputs, sources
     from twotower_jax.engine import cluster, files, job
     from twotower_jax.placement import shared
-    from twotower_jax.programs import keep_between_runs
     from twotower_jax.tokenizer import load_tokenizer
 
     if args.json and args.target == files.STANDARD:
@@ -71,7 +70,6 @@ def run(args: argparse.Namespace) -> int:
                 folder = sources.locate(args.model)
                 tokenizer = load_tokenizer(folder)
                 placement = shared(asked_placement(args), not sources.config_alone(folder)[1])
-            keep_between_runs()
             model = tt.load(folder, dtype=args.dtype, placement=placement)
             if distributed.first():
                 print(model.towers, file=sys.stderr)

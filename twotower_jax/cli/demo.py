@@ -13,10 +13,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """A tour of about a minute: the shipped model answers the same prompts in each mode."""
-    from twotower_jax.programs import keep_between_runs
     from twotower_jax.tour import tour
 
-    keep_between_runs()
     result = tour(asked_placement(args))
     if args.json:
         print(json.dumps(result))

@@ -47,7 +47,6 @@ def run(args: argparse.Namespace) -> int:
         raise InputError('eval needs lm-evaluation-harness: pip install "twotower_jax[eval]"') from None
     from twotower_jax import inputs, sources
     from twotower_jax.evaluation import benchmarks, harness, report
-    from twotower_jax.programs import keep_between_runs
 
     modes = _names("--modes", args.modes)
     if args.likelihood not in harness.LIKELIHOODS:
@@ -64,7 +63,6 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--include {include} is no folder")
     found, manager = benchmarks.find(_names("--tasks", args.tasks), include)
     loaded = report.load_tasks(found, manager, args.run_code)
-    keep_between_runs()
     model, tokenizer, prefix = harness.load(args.model, args.dtype, asked_placement(args))
     print(model.towers, file=sys.stderr)
     decoding = {name: getattr(args, name) for name in ("block_size", "steps_per_block", "confidence_threshold")}

@@ -57,7 +57,6 @@ def run(args: argparse.Namespace) -> int:
 
     import twotower_jax as tt
     from twotower_jax import distributed, sources, trace
-    from twotower_jax.programs import keep_between_runs
     from twotower_jax.tokenizer import load_tokenizer
     from twotower_jax.trace.recorder import Recorder
 
@@ -77,7 +76,6 @@ def run(args: argparse.Namespace) -> int:
             eos = None if args.eos_token_id is None else stop_ids(args.eos_token_id)
             if args.trace is not None:
                 trace.check(args.trace)
-        keep_between_runs()
         model = tt.load(folder, dtype=args.dtype, placement=placement)
         if jax.device_count() > 1 and jax.process_index() == 0:
             print(model.towers, file=sys.stderr)

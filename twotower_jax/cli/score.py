@@ -32,7 +32,6 @@ def run(args: argparse.Namespace) -> int:
     from twotower_jax import sources
     from twotower_jax.engine import files
     from twotower_jax.placement import shared
-    from twotower_jax.programs import keep_between_runs
     from twotower_jax.scoring import lines, scorer
     from twotower_jax.tokenizer import load_tokenizer
     from twotower_jax.two_tower import dtype_of
@@ -47,7 +46,6 @@ def run(args: argparse.Namespace) -> int:
     placement = shared(asked_placement(args), not sources.config_alone(folder)[1])
     summary = lines.Summary()
     with files.opened(args.source) as opened:
-        keep_between_runs()
         model = tt.load(folder, dtype=args.dtype, placement=placement)
         model.score([], **options)  # says what is wrong with them
         longest = scorer.longest(model.towers, dtype_of(model.params))

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from twotower_jax import interrupts
 from twotower_jax.checkpoint import TrainingCheckpoints
 from twotower_jax.errors import InputError
+from twotower_jax.programs import keep_between_runs
 from twotower_jax.training.config import TrainingConfig
 from twotower_jax.training.data import Packer
 from twotower_jax.training.metrics import Metrics
@@ -43,6 +44,7 @@ def run(c: TrainingConfig, start: Start) -> Ended:
     Raises:
       InputError: the folder holds another run; the data is not what it should be.
     """
+    keep_between_runs()
     with claimed(Path(c.output), start.folder):
         return _run(c, start)
 
