@@ -1,7 +1,7 @@
 """Measures a model on this machine: what is measured, its table."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from twotower_jax.benchmark import clock, decoding, limits, machine, pieces, rows
@@ -42,60 +42,76 @@ def measure(
         raise InputError("one tower at a time is for random weights; a loaded model has both")
     names = tuple(subject.description)
     subject.hold(*names[:1] if apart else names)
-    result = {"model": subject.name, "weights": "trained" if subject.trained else "random"}
-    result |= machine.about() | {"dtype": subject.dtype.name, "pattern": subject.config.pattern}
-    result["rates"] = dataclasses.asdict(rates := machine.rates(subject.dtype))
-    asked = {"context": context, "block_size": BLOCK, "new_tokens": new_tokens, "one_tower_at_a_time": apart}
-    result |= asked | {"parameter_bytes": {}}
-    made = {"capacity": capacity_of(context + max(new_tokens, BLOCK)), "block_size": BLOCK}
+    made = {"capacity": capacity_of(context + new_tokens), "block_size": BLOCK}
     read = rows.read(subject.config, subject.group, subject.params, max(counts), context, **made)
-    settings = {
-        n: Setting(subject.config, subject.group, subject.dtype, read, n, context, mask_id=MASK, **made) for n in counts
-    }
-    found: list[dict] = []
+    shared = (subject.config, subject.group, subject.dtype, read)
+    settings = {n: Setting(*shared, n, context, mask_id=MASK, **made) for n in counts}
+    timed, sizes = [], {}
     for name in names:
         params = subject.hold(name) if apart else subject.params
-        result["parameter_bytes"][name] = limits.array_bytes(params[name])
-        if name == "denoiser":
-            choices = rows.denoised(subject.config, subject.group, params, read, BLOCK, MASK)
-        for n, setting in settings.items():
-            own = params[name]
-            todo = (
-                pieces.denoiser_pieces(setting, own, choices)
-                if name == "denoiser"
-                else pieces.context_pieces(setting, own)
-            )
-            for piece in todo:
-                found.append(_as_result(n, piece, pieces.timed(piece, subject.group, params), rates))
-                say(f"{n} rows: {piece.name}")
-    result["pieces"] = found
-    rated = []
+        sizes[name] = limits.array_bytes(params[name])
+        for n, piece in _pieces(name, params, settings):
+            say(f"{n} rows: {piece.name}")
+            timed.append((n, piece.name, piece.work, piece.experts, pieces.timed(piece, subject.group, params)))
+    rates = []
     for n in counts:
         say(f"{n} rows: tokens per second")
         if subject.trained:
-            rated += decoding.trained(subject.model(), subject.prompts, n, new_tokens)
-        elif not apart:
-            rated += decoding.fixed(subject.model(), read, n, context, new_tokens, BLOCK, passes)
-        took = {piece["piece"]: piece["seconds"] for piece in found if piece["rows"] == n}
-        if not subject.trained:
-            rated += decoding.from_pieces(n, took, BLOCK, passes)
-    result["decoding"] = [dataclasses.asdict(rate) for rate in rated]
-    return result | {"memory": machine.peak_memory()}
+            rates += decoding.trained(subject.model(), subject.prompts, n, new_tokens)
+            continue
+        if not apart:
+            rates += decoding.fixed(subject.model(), read, n, context, new_tokens, BLOCK, passes)
+        took = {name: found.seconds.median for rows, name, _, _, found in timed if rows == n}
+        rates += decoding.from_pieces(n, took, BLOCK, passes)
+    memory = machine.peak_memory()  # before that of the device's rates
+    of_device = machine.rates(subject.dtype)
+    return {
+        "model": subject.name,
+        "weights": "trained" if subject.trained else "random",
+        **machine.about(),
+        "dtype": subject.dtype.name,
+        "pattern": subject.config.pattern,
+        "parameter_bytes": sizes,
+        "context": context,
+        "block_size": BLOCK,
+        "new_tokens": new_tokens,
+        "one_tower_at_a_time": apart,
+        "rates": dataclasses.asdict(of_device),
+        "memory": memory,
+        "pieces": [_as_result(*found, of_device) for found in timed],
+        "decoding": [dataclasses.asdict(rate) for rate in rates],
+    }
 
 
-def _as_result(n: int, piece: pieces.Piece, timed: pieces.Timed, rates: machine.Rates) -> dict[str, Any]:
-    least = piece.work.seconds(rates)
+def _pieces(tower: str, params: dict, settings: dict[int, Setting]) -> Iterator[tuple[int, pieces.Piece]]:
+    """A tower's, with the number of rows."""
+    if tower == "denoiser":
+        some = next(iter(settings.values()))
+        choices = rows.denoised(some.config, some.group, params, some.read, BLOCK, MASK)
+    for n, setting in settings.items():
+        if tower == "denoiser":
+            found = pieces.denoiser_pieces(setting, params[tower], choices)
+        else:
+            found = pieces.context_pieces(setting, params[tower])
+        for piece in found:
+            yield n, piece
+
+
+def _as_result(
+    n: int, name: str, work: limits.Work, experts: float | None, timed: pieces.Timed, rates: machine.Rates
+) -> dict[str, Any]:
+    least = work.seconds(rates)
     return {
         "rows": n,
-        "piece": piece.name,
+        "piece": name,
         "seconds": timed.seconds.median,
         "seconds_least": timed.seconds.least,
-        "bytes": piece.work.bytes,
-        "operations": piece.work.operations,
+        "bytes": work.bytes,
+        "operations": work.operations,
         "limit_seconds": least,
-        "bound": piece.work.bound(rates),
+        "bound": work.bound(rates),
         "share_of_limit": least / timed.seconds.median,
-        "experts_a_layer": piece.experts,
+        "experts_a_layer": experts,
         "compile_seconds": timed.compile_seconds,
         "temporary_bytes": timed.temporary_bytes,
     }
@@ -123,13 +139,13 @@ def table(result: dict[str, Any]) -> str:
             f"{p['bytes'] / 1e9:8.4f} {p['operations'] / 1e9:8.3f} {1e3 * p['limit_seconds']:9.3f} "
             f"{p['share_of_limit']:6.1%} {experts:>7} {p['compile_seconds']:7.1f} s"
         )
-    lines += ["", f"{'rows':>5} {'mode':10} {'schedule':38} {'tokens/s':>9} {'with prompts':>12}  source"]
+    lines += ["", f"{'rows':>5} {'mode':10} {'schedule':40} {'tokens/s':>9} {'with prompts':>12}  source"]
     for r in result["decoding"]:
         whole = "" if r["with_prompts"] is None else f"{r['with_prompts']:.1f}"
         schedule = r["schedule"]
         if r["tokens_per_forward"] is not None:
             schedule += f", {r['tokens_per_forward']:.2f} tokens a pass"
         lines.append(
-            f"{r['rows']:5} {r['mode']:10} {schedule:38} {r['tokens_per_second']:9.1f} {whole:>12}  {r['source']}"
+            f"{r['rows']:5} {r['mode']:10} {schedule:40} {r['tokens_per_second']:9.1f} {whole:>12}  {r['source']}"
         )
     return "\n".join(lines)
