@@ -3,12 +3,15 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import DATA
 
 from twotower_jax import cli, sources
 from twotower_jax.benchmark import report, subject
+from twotower_jax.benchmark.clock import Seconds
+from twotower_jax.benchmark.pieces import Timed
 
 PIECES = {"AR step", "commit", "verify", "head, 1 position", "head, 16 positions", "sampler", "denoiser pass", "refine"}
 
@@ -33,6 +36,7 @@ def check_pieces(result):
         assert {p["piece"] for p in result["pieces"] if p["rows"] == n} - {"prefill, 32 tokens"} == PIECES
 
 
+@pytest.mark.slow
 def test_random_weights(capsys, hasty, small_config, tmp_path):
     options = ["--rows", 2, "--context", 32, "--max-new-tokens", 48, "--passes", 2, "--dtype", "float32"]
     status, out, err = run(capsys, small_config, *options, "--out", tmp_path / "out.json")
@@ -64,25 +68,46 @@ def test_trained_weights(capsys, hasty):
     assert found["diffusion"]["tokens_per_forward"] > 2
 
 
-def test_one_tower_at_a_time(capsys, hasty, small_config, monkeypatch):
-    """Never both are there, the pieces are the same, and what the engine would do is derived."""
-    held = []
+def test_one_tower_at_a_time(capsys, hasty, small, small_config, small_rows, monkeypatch):
+    """Never both are there, all pieces are timed, and what the engine would do is derived."""
+    held, tower = [], {}
     original = subject.Subject.hold
     monkeypatch.setattr(subject.Subject, "hold", lambda self, *names: held.append(names) or original(self, *names))
-    options = ["--rows", 1, "--context", 32, "--max-new-tokens", 48, "--one-tower-at-a-time", "--json"]
-    status, out, err = run(capsys, small_config, *options)
+    monkeypatch.setattr(report.rows, "read", lambda *args, **sizes: small_rows)
+
+    def made(description, *about):
+        return {name: jax.tree.map(jnp.copy, small.params[name]) for name in description}
+
+    monkeypatch.setattr(subject, "random_parameters", made)
+
+    def timed(piece, group, params):
+        assert len(params) == 1
+        tower[piece.name] = piece.tower
+        return Timed(Seconds(2.0, 1.0), 3.0, 4)
+
+    monkeypatch.setattr(report.pieces, "timed", timed)
+    options = ["--rows", 1, "--context", 32, "--max-new-tokens", 48, "--one-tower-at-a-time"]
+    status, out, err = run(capsys, small_config, *options, "--json")
     assert status == 0, err
-    assert set(held) == {("context",), ("denoiser",)}
+    assert held == [("context",), ("context",), ("denoiser",)]
     result = json.loads(out)
     check_pieces(result)
+    assert tower["denoiser pass"] == "denoiser"
+    assert tower["commit"] == "context"
     assert {rate["source"] for rate in result["decoding"]} == {"pieces"}
+    assert {rate["tokens_per_second"] for rate in result["decoding"] if rate["mode"] == "ar"} == {0.5}
+    lines = report.table(result).splitlines()
+    assert sum("2000.000" in line for line in lines) == len(result["pieces"])
 
 
-def test_random_parameters(small, small_config):
+@pytest.mark.slow
+def test_random_parameters(small_config):
     """Those of a tower are the same whichever others are there, and the towers differ."""
+    small = subject.find(small_config, "float32")
+    small.hold("context", "denoiser")
     alone = subject.find(small_config, "float32").hold("denoiser")["denoiser"]
     assert jax.tree.all(jax.tree.map(np.array_equal, alone, small.params["denoiser"]))
-    own, other = (small.params[name]["tower"]["layers_2"]["mixer"]["up"] for name in ("context", "denoiser"))
+    own, other = (small.params[name]["tower"]["layers_1"]["mixer"]["up"] for name in ("context", "denoiser"))
     assert not np.array_equal(own, other)
     for name, description in small.description.items():
         shapes = jax.tree.map(lambda p: small.config.shape(p.axes), description)

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from twotower_jax.benchmark import decoding, rows
+from twotower_jax.benchmark import decoding
 from twotower_jax.benchmark.decoding import Rate
 from twotower_jax.engine.request import Event, Request
 
@@ -40,10 +40,9 @@ def test_a_row_that_fails():
         decoding.run(engine, [Request(0, [5])])
 
 
-def test_passes(small, hasty):
+def test_passes(small, small_rows, hasty):
     """A schedule takes exactly the passes that it is named for, on the mean over all blocks and rows."""
-    read = rows.read(small.config, small.group, small.params, 2, 32, 128, 16)
-    found = decoding.fixed(small.model(), read, 2, 32, 48, 16, [1.0, 5.4, 16.0])
+    found = decoding.fixed(small.model(), small_rows, 2, 32, 48, 16, [1.0, 5.4, 16.0])
     by_schedule = {rate.schedule: rate for rate in found}
     assert set(by_schedule) == {"a token a pass", *(f"{n} passes a block" for n in ("1", "5", "5.4", "6", "16"))}
     for n in (1, 5, 6, 16):

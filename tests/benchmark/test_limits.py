@@ -1,6 +1,7 @@
 """Bytes against those of the arrays, operations against what XLA counts in a tower where none are to spare."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from twotower_jax.tower import Tower
 ROWS, CONTEXT = 3, 40
 
 
+@functools.cache
 def shapes(config, dtype=jnp.float32):
     description = two_tower.describe(config, True)
     return jax.eval_shape(lambda: initialize(description, config, jax.random.key(0), dtype))

@@ -9,13 +9,12 @@ from twotower_jax.benchmark.pieces import Setting
 from twotower_jax.programs import Program
 from twotower_jax.sharding import WHOLE
 
-ROWS, SIZE, CONTEXT, CAPACITY, MASK = 2, 16, 32, 64, 3
+ROWS, SIZE, CONTEXT, CAPACITY, MASK = 2, 16, 32, 128, 3
 
 
 @pytest.fixture
-def setting(small):
-    read = rows.read(small.config, small.group, small.params, ROWS, CONTEXT, CAPACITY, SIZE)
-    return Setting(small.config, small.group, small.dtype, read, ROWS, CONTEXT, CAPACITY, SIZE, MASK)
+def setting(small, small_rows):
+    return Setting(small.config, small.group, small.dtype, small_rows, ROWS, CONTEXT, CAPACITY, SIZE, MASK)
 
 
 def called(piece, small):

@@ -133,7 +133,7 @@ def random_parameters(description: dict, config: Config, dtype: np.dtype, group:
     home, made, programs = NamedSharding(group.mesh, WHOLE), {}, {}
     for path, p in flatten(description):
         name = "/".join(path)
-        alike = re.sub(r"layers_\d+", "layers", name), p.axes  # one program for a parameter of all layers
+        alike = re.sub(r"^\w+/|\d+", "", name), p.axes  # one program for a parameter of both towers and all layers
         if alike not in programs:
             programs[alike] = jax.jit(functools.partial(_made, p, config, dtype), out_shardings=home)
         made[path] = programs[alike](jax.random.fold_in(jax.random.key(0), zlib.crc32(name.encode())))
