@@ -1,4 +1,4 @@
-"""Draws what `twotower bench` wrote; of `mid` on a CPU, in float32, it says how that stands to NVIDIA's code, too.
+"""Draws what `twotower bench` wrote; of `mid` in float32 on 2 CPU cores it says how that stands to NVIDIA's code, too.
 
     python -m experiments.bench experiments/results/bench-mid-cpu.json
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from experiments import harness
 
 REFERENCE = json.loads((harness.HOME / "reference.json").read_text())
+ALIKE = ("model", "dtype", "platform", "cores")
 MODES = {"ar": "AR", "diffusion": "diffusion", "verified": "verified"}
 DRAWN = ("AR step", "denoiser pass", "commit", "verify")
 
@@ -22,7 +23,7 @@ def against_reference(result: dict) -> dict | None:
 
     None if the result is of something else, or lacks the rows or the schedule.
     """
-    if any(result[name] != REFERENCE[name] for name in ("model", "dtype", "platform")):
+    if any(result[name] != REFERENCE[name] for name in ALIKE):
         return None
     passes = {"ar": None, "diffusion": REFERENCE["passes_per_block"]}
     measured = {

@@ -74,6 +74,7 @@ def test_one_tower_at_a_time(capsys, hasty, small, small_config, small_rows, mon
     original = subject.Subject.hold
     monkeypatch.setattr(subject.Subject, "hold", lambda self, *names: held.append(names) or original(self, *names))
     monkeypatch.setattr(report.rows, "read", lambda *args, **sizes: small_rows)
+    monkeypatch.setattr(report.rows, "denoised", lambda *args: small_rows.token_choices)
 
     def made(description, *about):
         return {name: jax.tree.map(jnp.copy, small.params[name]) for name in description}

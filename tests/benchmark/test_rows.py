@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from conftest import largest_difference
 
 from twotower_jax import two_tower
@@ -43,6 +44,7 @@ def test_as_in_a_batch(small, small_rows):
     assert (read.token_choices.sum(-1) == c.experts_per_token).all()
 
 
+@pytest.mark.slow
 def test_denoised(small, small_rows):
     c, params = small.config, small.params
     found = rows.denoised(c, small.group, params, small_rows, SIZE, MASK)

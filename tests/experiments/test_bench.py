@@ -2,12 +2,12 @@
 
 import pytest
 
-from experiments.bench import REFERENCE, against_reference
+from experiments.bench import ALIKE, REFERENCE, against_reference
 
 
 def result(factor, **changes):
-    about = {name: REFERENCE[name] for name in ("model", "dtype", "platform")}
-    about |= {"date": "", "jax": "", "device": "cpu", "cores": 2, "context": 64, "new_tokens": 64, "rates": {}}
+    about = {name: REFERENCE[name] for name in ALIKE}
+    about |= {"date": "", "jax": "", "device": "cpu", "context": 64, "new_tokens": 64, "rates": {}}
     rates = [
         {"mode": mode, "rows": int(rows), "source": "engine", "with_prompts": factor * figure}
         | {"passes_per_block": 16.0 if mode == "diffusion" else None}
@@ -32,6 +32,7 @@ def test_geometric_mean():
 def test_what_is_not_alike_is_not_compared():
     assert against_reference(result(2, dtype="bfloat16")) is None
     assert against_reference(result(2, platform="gpu")) is None
+    assert against_reference(result(2, cores=4)) is None
     fewer = result(2)
     fewer["decoding"] = [rate | {"passes_per_block": 5.0} for rate in fewer["decoding"]]
     assert against_reference(fewer) is None
