@@ -7,6 +7,7 @@ import pytest
 from twotower_jax.benchmark import decoding
 from twotower_jax.benchmark.decoding import Rate
 from twotower_jax.engine.request import Event, Request
+from twotower_jax.errors import InputError
 
 
 class Engine:
@@ -36,7 +37,7 @@ def test_run():
 def test_a_row_that_fails():
     engine = Engine([])
     engine.run = lambda requests: iter([Event(0, [], [], "error", "a logit was not finite", 1, 1)])
-    with pytest.raises(RuntimeError, match="row 0: a logit was not finite"):
+    with pytest.raises(InputError, match="row 0 cannot be timed: a logit was not finite"):
         decoding.run(engine, [Request(0, [5])])
 
 

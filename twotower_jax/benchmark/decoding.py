@@ -17,6 +17,7 @@ from twotower_jax.benchmark.rows import ReadRows
 from twotower_jax.engine.request import Request, counted
 from twotower_jax.engine.rows import Kinds
 from twotower_jax.engine.scheduler import Engine
+from twotower_jax.errors import InputError
 from twotower_jax.model import Model
 
 RUNS = 3
@@ -79,14 +80,14 @@ def run(
     """Runs requests to their end.
 
     Raises:
-      RuntimeError: a row ended with an error.
+      InputError: a row ended with an error, as the model's do whose logits are not finite.
     """
     written, forwards = {request.key: 0 for request in requests}, {}
     start = clock()
     begun = ended = start
     for event in engine.run(requests):
         if event.error:
-            raise RuntimeError(f"row {event.key}: {event.error}")
+            raise InputError(f"row {event.key} cannot be timed: {event.error}")
         before = min(written.values())
         written[event.key] += len(event.tokens)
         forwards[event.key] = counted(requests[0].mode, event.denoiser_forwards, event.context_forwards)

@@ -140,8 +140,3 @@ def of_logits(config: Config, positions: int) -> Work:
     """Of reading or writing logits, float32, with one operation each."""
     logits = positions * config.vocab_size
     return Work(4 * logits, logits)
-
-
-def expected_experts(config: Config, tokens: int) -> float:
-    """Different experts that so many tokens choose if every choice is as likely as another."""
-    return config.experts * (1 - (1 - config.experts_per_token / config.experts) ** tokens)
