@@ -10,10 +10,10 @@ import traceback
 from collections.abc import Sequence
 
 from twotower_jax import interrupts
-from twotower_jax.cli import batch, convert, demo, eval, export, generate, plan, score, train
+from twotower_jax.cli import batch, bench, convert, demo, eval, export, generate, plan, score, train
 from twotower_jax.errors import InputError
 
-COMMANDS = (generate, batch, score, eval, convert, demo, train, plan, export)
+COMMANDS = (generate, batch, score, eval, convert, demo, train, plan, bench, export)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

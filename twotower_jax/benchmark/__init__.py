@@ -1,0 +1,1 @@
+"""How fast the pieces of decoding and the engine are, and how near to what the device could do."""

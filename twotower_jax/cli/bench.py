@@ -1,0 +1,53 @@
+"""Measure how fast a model is here, and how near to what the device could do."""
+
+import argparse
+import json
+import sys
+
+from twotower_jax.cli.options import add_json
+from twotower_jax.errors import InputError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="mid, released or a config.json: random weights; or a model as for generate")
+    add("--rows", type=int, nargs="+", default=[1, 8], metavar="N", help="that are written at a time (1 8)")
+    add("--context", type=int, default=256, metavar="N", help="tokens that each has read (256)")
+    add("--max-new-tokens", type=int, default=64, metavar="N", help="that each writes through the engine (64)")
+    add("--passes", type=float, nargs="+", default=[5.4, 16.0], metavar="P", help="random: a block's passes (5.4 16)")
+    add("--prompts", metavar="FILE", help="what a loaded model is asked, a line each (a shipped one has its own)")
+    add("--dtype", default="bfloat16", help="bfloat16 (default) or float32")
+    add("--one-tower-at-a-time", action="store_true", help="random: the pieces alone, where both towers do not fit")
+    add("--out", metavar="FILE", help="write the results as JSON")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Time the pieces of decoding and the engine on the first device, for each number of rows.
+
+    Of each piece: AR step, denoiser pass, commit, verification, prefill, head and sampler, the time, the bytes and
+    operations that it needs at least, and the share of the limit that these set at the device's measured rates. Then
+    tokens per second of AR, diffusion and verified decoding.
+    """
+    from twotower_jax import inputs, sources
+    from twotower_jax.benchmark import report, subject
+    from twotower_jax.programs import keep_between_runs
+
+    rows = [inputs.whole("--rows", n, 1, 2**16) for n in args.rows]
+    passes = [inputs.number("--passes", p, 1, report.BLOCK) for p in args.passes]
+    new_tokens = inputs.whole("--max-new-tokens", args.max_new_tokens, 3 * report.BLOCK, 2**20)
+    context = inputs.whole("--context", args.context, report.BLOCK, 2**20)
+    for name, number in (("--context", context), ("--max-new-tokens", new_tokens)):
+        if number % report.BLOCK:
+            raise InputError(f"{name} must be a multiple of {report.BLOCK}, the block size, not {number}")
+    out = None if args.out is None else sources.user_path(args.out)
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        raise InputError(f"--out {out}: " + ("it is a folder" if out.is_dir() else f"there is no folder {out.parent}"))
+    keep_between_runs()
+    found = subject.find(args.model, args.dtype, args.prompts)
+    options = {"context": context, "new_tokens": new_tokens, "passes": passes, "apart": args.one_tower_at_a_time}
+    result = report.measure(found, rows, **options, say=lambda line: print(line, file=sys.stderr, flush=True))
+    print(json.dumps(result) if args.json else report.table(result), flush=True)
+    if out is not None:
+        out.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
