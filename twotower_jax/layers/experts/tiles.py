@@ -1,7 +1,7 @@
 """Choices by expert, and cut into tiles of one expert each.
 
-A choice is one of a token's k experts: choice c is of token c // k. Choices of an expert that is not here, whose number is
-E, belong to no tile.
+A choice is one of a token's k experts: choice c is of token c // k. Choices of an expert that is not here, whose number
+is E, belong to no tile.
 """
 
 import flax.struct

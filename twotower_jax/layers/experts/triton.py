@@ -29,9 +29,9 @@ class Tile:
     stages: int
 
 
-# By the mean number of choices of an expert. Few: bytes decide, so tiles of weights of 16 KB, three of them on their way:
-# at one token of the released model 174 (up) and 252 (down) programs have 8 to 12 MB in flight, where bandwidth times
-# latency is 3. Many: arithmetic decides, so as square as the registers allow.
+# By the mean number of choices of an expert. Few: bytes decide, so tiles of weights of 16 KB, three of them on their
+# way: at one token of the released model 174 (up) and 252 (down) programs have 8 to 12 MB in flight, where bandwidth
+# times latency is 3. Many: arithmetic decides, so as square as the registers allow. None was timed on a GPU yet.
 TILES = {
     8: Tile(rows=16, columns=64, depth=128, warps=4, stages=4),
     16: Tile(rows=32, columns=64, depth=128, warps=4, stages=4),
@@ -88,7 +88,7 @@ def _product(expert, start, stop, order, x, weights, y, *, tile, chosen, activat
 
 
 def _outer(start, stop, order, h, x, y, *, tile, chosen):
-    """y (E, F, D): the sum over an expert's choices of the products of their rows of h (F,) with their tokens' of x (D,)."""
+    """y (E, F, D): an expert's sum, over its choices, of the products of their rows of h (F,) and their tokens' of x (D,)."""
     width, height, e = pl.program_id(0) * tile.columns, pl.program_id(1) * tile.rows, pl.program_id(2)
     first, end, depth = start[e], stop[e], _depth(tile, h.dtype)
     rows, columns = height + jnp.arange(tile.rows), width + jnp.arange(tile.columns)
