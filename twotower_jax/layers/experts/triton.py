@@ -88,7 +88,7 @@ def _product(expert, start, stop, order, x, weights, y, *, tile, chosen, activat
 
 
 def _outer(start, stop, order, h, x, y, *, tile, chosen):
-    """y (E, F, D): an expert's sum, over its choices, of the products of their rows of h (F,) and their tokens' of x (D,)."""
+    """y (E, F, D): each expert's sum, over its choices, of the products of their rows of h and their tokens' of x."""
     width, height, e = pl.program_id(0) * tile.columns, pl.program_id(1) * tile.rows, pl.program_id(2)
     first, end, depth = start[e], stop[e], _depth(tile, h.dtype)
     rows, columns = height + jnp.arange(tile.rows), width + jnp.arange(tile.columns)
