@@ -1,14 +1,52 @@
 """The products of tokens with the experts that they chose. No token is dropped."""
 
+import functools
+from collections.abc import Callable
+
 import jax
 
+from twotower_jax.errors import InputError
 from twotower_jax.layers.experts.chosen import in_tiles, picked
 from twotower_jax.layers.experts.dense import TOKENS_AT_ONCE, in_pieces, together
+from twotower_jax.layers.experts.grouped import grouped
+from twotower_jax.layers.experts.megablox import Megablox
+from twotower_jax.layers.experts.triton import Triton
 from twotower_jax.layers.linear import apart
+
+by_triton = functools.partial(grouped, Triton())
+by_megablox = functools.partial(grouped, Megablox())
+
+# The ways that there are, and where one is for certain platforms alone, these.
+WAYS: dict[str, tuple[Callable, tuple[str, ...]]] = {
+    "picked": (picked, ()),
+    "together": (together, ()),
+    "in_pieces": (in_pieces, ()),
+    "in_tiles": (in_tiles, ()),
+    "triton": (by_triton, ("cuda", "gpu")),
+    "megablox": (by_megablox, ("tpu",)),
+}
+
+
+def way(name: str, platform: str) -> Callable:
+    """What does as `routed` does, by one of `WAYS`.
+
+    Raises:
+      InputError: there is none of this name, or it does not run on the platform.
+    """
+    if name not in WAYS:
+        raise InputError(f"experts by {name!r}: known are {', '.join(WAYS)}")
+    function, platforms = WAYS[name]
+    if platforms and platform not in platforms:
+        raise InputError(f"experts by {name!r} run on {platforms[0]}, not on {platform}")
+    return function
 
 
 def routed(x: jax.Array, experts: jax.Array, weights: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
     """The weighted sum of the chosen experts' outputs, by the way that moves the fewest bytes for so many tokens.
+
+    On NVIDIA GPUs and TPUs kernels read the chosen experts and no others, once for a tile of tokens: at no size does
+    another way move fewer bytes or multiply less. A CPU multiplies few tokens faster with all experts in one product,
+    once most of them are chosen.
 
     Args:
       x: (tokens, D).
@@ -20,20 +58,18 @@ def routed(x: jax.Array, experts: jax.Array, weights: jax.Array, up: jax.Array, 
     Returns:
       (tokens, D) float32.
     """
-    return jax.lax.platform_dependent(apart(x), experts, weights, up, down, cpu=_on_cpu, default=_elsewhere)
+    arrays = (apart(x), experts, weights, up, down)
+    kernels = {"cuda": by_triton, "tpu": by_megablox}
+    return jax.lax.platform_dependent(*arrays, cpu=_on_cpu, **kernels, default=_without_kernels)
 
 
 def _on_cpu(x, experts, weights, up, down):
     tokens, total = x.shape[0], up.shape[0]
-    if 2 * experts.size <= total:
-        return in_tiles(1, x, experts, weights, up, down)
-    if tokens <= 32:
-        return together(x, experts, weights, up, down)
-    even = experts.size // total  # tokens of an expert, were the router even
-    return in_tiles(min(max(16, 1 << even.bit_length() - 1), 128), x, experts, weights, up, down)
+    together_pays = tokens <= 32 and 2 * experts.size > total
+    return (together if together_pays else in_tiles)(x, experts, weights, up, down)
 
 
-def _elsewhere(x, experts, weights, up, down):
+def _without_kernels(x, experts, weights, up, down):
     if 3 * experts.size <= up.shape[0]:  # a picked expert is read, written and read again
         return picked(x, experts, weights, up, down)
     return (together if x.shape[0] <= TOKENS_AT_ONCE else in_pieces)(x, experts, weights, up, down)
