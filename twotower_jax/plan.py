@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from twotower_jax import compiled_text, sharding, two_tower
@@ -98,7 +97,7 @@ class _Shapes(Group):
 
     def parameters(self, description: dict, dtype: np.dtype) -> dict:
         def one(p):
-            shape = jax.ShapeDtypeStruct(self.shape(p), jnp.float32 if p.float32 else dtype)
+            shape = jax.ShapeDtypeStruct(self.shape(p), p.dtype_in(dtype))
             return self.put(shape, sharding.spec(p))
 
         return jax.tree.map(one, description)

@@ -5,11 +5,15 @@ divides scales as it divides weights, and where a group is a whole row its scale
 what goes into or comes out of a product of small integers.
 """
 
+import math
+from collections.abc import Callable
+
+import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-BITS = {"int8": 8, "int4": 4}
+INTEGERS = {8: jnp.int8, 4: jnp.uint8}
 SCALE = jnp.bfloat16
 
 
@@ -58,10 +62,10 @@ class Quantized:
         return (integers * self.scales.astype(jnp.float32)[..., None]).reshape(self.shape).astype(dtype)
 
 
-def group_size(bits: int, width: int) -> int | None:
-    """How many numbers of a row of `width` have a scale in common: all of 8 bits; of 4 the largest multiple of 8, up to
-    64, that divides half a row. None if there is no such.
-    """
-    if bits == 8:
-        return width
-    return next((size for size in range(64, 0, -8) if width % (2 * size) == 0), None)
+def initializers(bits: int, deviation: float) -> tuple[Callable, Callable]:
+    """Of values and scales that stand for numbers of this standard deviation."""
+
+    def values(key, shape, dtype=jnp.float32):
+        return jax.random.randint(key, shape, *((-127, 128) if bits == 8 else (0, 256))).astype(dtype)
+
+    return values, nn.initializers.constant(deviation * math.sqrt(12) / 2**bits)
