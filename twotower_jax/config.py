@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from twotower_jax.errors import InputError
+from twotower_jax.errors import InputError, short
 
 TWO_TOWER_ARCHITECTURE = "NemotronHTwoTowerForCausalLM"
 BACKBONE_ARCHITECTURE = "NemotronHForCausalLM"
@@ -160,14 +160,36 @@ def with_quantized_experts(config: Config, form: str) -> Config:
     Raises:
       InputError: there is no such form, or the model's experts cannot have it.
     """
-    if form not in EXPERT_BITS:
-        raise InputError(f"experts {form!r} do not exist here; choose {' or '.join(EXPERT_BITS)}")
+    if not isinstance(form, str) or form not in EXPERT_BITS:
+        raise InputError(f"experts {short(form)} do not exist here; choose {' or '.join(EXPERT_BITS)}")
     if MOE not in config.pattern:
         raise InputError(f"experts {form}: this model, {config.pattern}, has no experts")
     made = dataclasses.replace(config, expert_form=form)
     if made.expert_group is None:
         raise InputError(f"experts {form}: hidden_size {config.hidden_size} is no multiple of 16; int8 takes any")
     return made
+
+
+def quantization(config: Config) -> dict[str, Any]:
+    """What `config.json` says of quantised experts; nothing of others."""
+    if config.expert_form is None:
+        return {}
+    said = {"quant_method": "twotower_jax", "experts": config.expert_form, "group_size": config.expert_group}
+    return {"quantization_config": said}
+
+
+def _quantized(config: Config, raw: Mapping[str, Any]) -> Config:
+    """The config, with experts as `config.json` says that they are."""
+    said = raw.get("quantization_config")
+    if said is None:
+        return config
+    if not isinstance(said, Mapping) or said.get("quant_method") != "twotower_jax":
+        raise InputError(f"config.json: quantization_config {short(said)} is not of twotower convert --experts")
+    config = with_quantized_experts(config, said.get("experts"))
+    right = quantization(config)["quantization_config"]
+    if said != right:
+        raise InputError(f"config.json: quantization_config must be {right}; convert the model's source again")
+    return config
 
 
 TIME_FEATURES = 256  # width of the sinusoid of t; not in any config
@@ -352,7 +374,7 @@ def parse_config(raw: Any) -> Config:
         eos_token_ids=eos,
     )
     _check(config, raw, mamba, attention, moe)
-    return config
+    return _quantized(config, raw)
 
 
 def _check(c: Config, raw: Mapping[str, Any], mamba: bool, attention: bool, moe: bool) -> None:

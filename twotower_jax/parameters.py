@@ -43,6 +43,11 @@ class Parameter:
     def stacked(self) -> bool:
         return "{}" in self.hf
 
+    @property
+    def quantized(self) -> bool:
+        """Whether it holds integers or their scales, which no other dtype stands for."""
+        return self.dtype is not None and np.dtype(self.dtype) != np.float32
+
     def dtype_in(self, model: jnp.dtype) -> np.dtype:
         """Its dtype in a model of some dtype."""
         return np.dtype(self.dtype or model)

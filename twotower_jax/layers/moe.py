@@ -12,8 +12,6 @@ from twotower_jax.layers.linear import einsum
 from twotower_jax.parameters import Parameter, declare, linear, normal
 from twotower_jax.state import ExpertLoad, Span
 
-SCALES = "_scales"  # after the name of quantised integers
-
 
 def describe(c: Config) -> dict[str, Parameter]:
     weights = normal(c.initializer_range)
@@ -29,6 +27,11 @@ def describe(c: Config) -> dict[str, Parameter]:
     }
 
 
+def scales_of(name: str) -> str:
+    """The parameter that holds the scales of quantised experts."""
+    return f"{name}_scales"
+
+
 def _describe_experts(name: str, layout: str, c: Config) -> dict[str, Parameter]:
     """A matrix of all experts; where they are quantised its integers, and their scales."""
     hf = f"experts.{{}}.{name}_proj.weight"
@@ -38,12 +41,12 @@ def _describe_experts(name: str, layout: str, c: Config) -> dict[str, Parameter]
     axes, dtype = ("experts", "expert_width"), quantized.INTEGERS[c.expert_bits]
     return {
         name: Parameter((*axes, "expert_row"), hf, layout, values, dtype),
-        name + SCALES: Parameter((*axes, "expert_scales"), hf, layout, scales, quantized.SCALE),
+        scales_of(name): Parameter((*axes, "expert_scales"), hf, layout, scales, quantized.SCALE),
     }
 
 
 def _experts(p: dict[str, jax.Array], name: str) -> jax.Array | quantized.Quantized:
-    return quantized.Quantized(p[name], p[name + SCALES]) if name + SCALES in p else p[name]
+    return quantized.Quantized(p[name], p[scales_of(name)]) if scales_of(name) in p else p[name]
 
 
 def route(x: jax.Array, router: jax.Array, correction: jax.Array, c: Config) -> tuple[jax.Array, jax.Array]:

@@ -5,6 +5,7 @@ divides scales as it divides weights, and where a group is a whole row its scale
 what goes into or comes out of a product of small integers.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 
 INTEGERS = {8: jnp.int8, 4: jnp.uint8}
 SCALE = jnp.bfloat16
+ENDS = [-7 - quarter / 4 for quarter in range(9)]
 
 
 @flax.struct.dataclass
@@ -69,3 +71,33 @@ def initializers(bits: int, deviation: float) -> tuple[Callable, Callable]:
         return jax.random.randint(key, shape, *((-127, 128) if bits == 8 else (0, 256))).astype(dtype)
 
     return values, nn.initializers.constant(deviation * math.sqrt(12) / 2**bits)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def quantize(matrix: jax.Array, bits: int, group: int) -> Quantized:
+    """The nearest numbers (..., D) of 8 or 4 bits, D a multiple of `group`, of 4 bits half of it.
+
+    With 8 bits a group's largest number is 127 of its steps. With 4 bits it is -7 to -9 of them, whichever of `ENDS`
+    leaves the least squared error; the steps end at -8 and 7, beyond which numbers are cut off.
+    """
+    groups = matrix.astype(jnp.float32).reshape(*matrix.shape[:-1], -1, group)
+    largest = jnp.take_along_axis(groups, jnp.abs(groups).argmax(-1, keepdims=True), axis=-1)
+    if bits == 8:
+        integers, scales, _ = _rounded(groups, largest / 127, -127, 127)
+        return Quantized(integers.reshape(matrix.shape), scales[..., 0])
+    tried = [_rounded(groups, largest / end, -8, 7) for end in ENDS]
+    best = jnp.argmin(jnp.stack([error for *_, error in tried]), axis=0)[None]
+    integers, scales = (
+        jnp.take_along_axis(jnp.stack(of_all), best, axis=0)[0] for of_all in list(zip(*tried, strict=True))[:2]
+    )
+    low, high = jnp.split((integers + 8).astype(jnp.uint8).reshape(matrix.shape), 2, axis=-1)
+    return Quantized(low | high << 4, scales[..., 0])
+
+
+def _rounded(groups, scales, least, most):
+    """Of groups (..., n, g) the integers in steps of scales (..., n, 1); the scales, rounded; the squared errors."""
+    scales = scales.astype(SCALE)
+    steps = jnp.where(scales == 0, 1, scales).astype(jnp.float32)
+    integers = jnp.clip(jnp.round(groups / steps), least, most)
+    error = jnp.square(integers * steps - groups).sum(-1, keepdims=True)
+    return integers.astype(jnp.int8), scales, error

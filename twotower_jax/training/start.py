@@ -76,6 +76,8 @@ class Start:
         self.folder = folder
         self._source = sources.open_folder(folder) if has_weights else Fresh(folder, c.seed)
         self.config: Config = self._source.config
+        if self.config.expert_form:
+            raise InputError(f"{c.model} has {self.config.expert_form} experts, which are not trained; give its source")
         if c.objective == "ar" and self._source.two_towers:
             raise InputError(f"{c.model} has two towers; objective ar trains a backbone")
         if c.objective != "ar" and not has_weights:
