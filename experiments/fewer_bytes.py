@@ -3,8 +3,9 @@
     python -m experiments.fewer_bytes [--modes ar g0.8_T16 ...] [--rows N] [--model demo]
 
 Each form of the experts is converted from MODEL and evaluated in float32, so that nothing else differs. Beside what
-`evaluate` counts stand the share of prompts whose tokens are those of full precision, the parameters' bytes in a bfloat16
-model, and the root mean square of what quantising changes of the experts' weights, as a share of their own.
+`evaluate` counts stand the share of prompts whose tokens are those of full precision; the bytes of the parameters of a
+bfloat16 model, and of the folder, which Orbax compresses; and the root mean square of the change of the experts'
+weights, as a share of their own.
 """
 
 import json
@@ -17,8 +18,8 @@ import numpy as np
 import twotower_jax as tt
 from convert import convert
 from experiments import harness
-from experiments.evaluate import TOKENIZER, evaluate, generate, line
-from twotower_jax import sources, two_tower
+from experiments.evaluate import TOKENIZER, generate, judged, line
+from twotower_jax import two_tower
 from twotower_jax.config import EXPERT_BITS
 from twotower_jax.layers.moe import scales_of
 from twotower_jax.layers.quantized import Quantized
@@ -43,31 +44,32 @@ def model_bytes(model: tt.Model) -> int:
     return parameter_bytes(model.config, two_tower.describe(model.config, model.two_towers), jnp.dtype(jnp.bfloat16))
 
 
+def size(folder: Path) -> int:
+    """Of all files."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
 def main():
     parser = harness.parser(__doc__)
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--modes", nargs="+", default=["ar", "g0.95_T16", "g0.8_T16", "g0.5_T16"])
+    parser.add_argument("--modes", nargs="+", default=["ar", "g0.8_T16", "g0.5_T16"])
     args = parser.parse_args()
     examples = harness.examples(args.rows)
     prompts = [TOKENIZER.encode(example["prompt"]).ids for example in examples]
-    full = tt.load(args.model, "float32")
-    results, texts = {}, {}
-    with tempfile.TemporaryDirectory() as folder:
-        for form in ("full", *EXPERT_BITS):
-            model = full
-            if form != "full":
-                model = tt.load(
-                    convert(sources.locate(args.model), Path(folder) / form, experts=form).target, "float32"
-                )
-            results[form] = found = {"bytes": model_bytes(model), "modes": {}}
-            if form != "full":
+    full, results, texts = tt.load(args.model, "float32"), {}, {}
+    with tempfile.TemporaryDirectory() as home:
+        for form in (None, *EXPERT_BITS):
+            folder = convert(args.model, Path(home) / str(form), experts=form).target
+            model = tt.load(folder, "float32")
+            found = {"bytes": model_bytes(model), "checkpoint_bytes": size(folder), "modes": {}}
+            results[form or "full"] = found
+            if form:
                 found["weights_changed_by"] = changed(model, full)
             for mode in args.modes:
-                found["modes"][mode] = measured = evaluate(model, examples, mode)
-                rows = generate(model, mode, prompts).tokens
-                same = [a == b for a, b in zip(rows, texts.setdefault(mode, rows), strict=True)]
-                measured["same_as_full"] = sum(same) / len(same)
-                print(line(f"{form} {mode}", measured), f"{measured['same_as_full']:6.1%} the same", flush=True)
+                g = generate(model, mode, prompts)
+                same = [a == b for a, b in zip(g.tokens, texts.setdefault(mode, g.tokens), strict=True)]
+                found["modes"][mode] = judged(g, examples, mode) | {"same_as_full": sum(same) / len(same)}
+                print(line(f"{form or 'full'} {mode}", found["modes"][mode]), f"{sum(same)} rows the same", flush=True)
     out = harness.RESULTS / "fewer_bytes.json"
     out.write_text(json.dumps(harness.about() | {"prompts": len(prompts), "experts": results}, indent=1) + "\n")
     print(f"written: {out}")

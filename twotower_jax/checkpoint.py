@@ -75,12 +75,6 @@ class ConvertedFolder:
             for path, leaf in self._stored.items()
             if path in shapes and tuple(leaf.shape) != shapes[path]
         ]
-        problems += [
-            f"{folder}: parameter {'/'.join(path)} is {np.dtype(leaf.dtype)}, experts {self.config.expert_form} are "
-            f"{np.dtype(expected[path].dtype)}"
-            for path, leaf in self._stored.items()
-            if path in shapes and expected[path].quantized and expected[path].dtype != leaf.dtype
-        ]
         if problems:
             raise InputError("\n".join(problems))
         self._order = list(shapes)
