@@ -86,23 +86,18 @@ def test_dtypes_of_a_bfloat16_model(form, converted):
             np.testing.assert_array_equal(value, original[path])
 
 
-@pytest.mark.parametrize("place", [{"expert": 0, "tensor": 1}, {"expert": 3, "tensor": 0}])
-def test_a_part_is_what_the_whole_has_there(converted, place, monkeypatch):
+def test_a_part_is_what_the_whole_has_there(form, tmp_path, monkeypatch):
     """Experts over devices, and an expert's channels."""
-    monkeypatch.setattr(checkpoint, "PIECE_BYTES", 100)
-    folder = ConvertedFolder(
-        convert(DATA / "grouped-0", converted.parent / f"pieces-{place}", experts=form_of(converted)).target
-    )
-    for path, p in flatten(two_tower.describe(folder.config, True)):
-        part = sharding.part(p, folder.config, Shards(expert=4, tensor=2), place)
-        value = folder.read(path, part)
-        np.testing.assert_array_equal(value, cut(folder.read(path), part))
-        if p.quantized:
-            assert value.size * 8 == folder.read(path).size
-
-
-def form_of(folder) -> str:
-    return json.loads((folder / "config.json").read_text())["quantization_config"]["experts"]
+    monkeypatch.setattr(checkpoint, "PIECE_BYTES", 2000)
+    folder = ConvertedFolder(convert(DATA / "tiny-0", tmp_path / "ours", experts=form).target)
+    described = dict(flatten(two_tower.describe(folder.config, True)))
+    for path in experts_of(folder):
+        whole = folder.read(path)
+        for place in ({"expert": 0, "tensor": 1}, {"expert": 3, "tensor": 0}):
+            part = sharding.part(described[path], folder.config, Shards(expert=4, tensor=2), place)
+            value = folder.read(path, part)
+            np.testing.assert_array_equal(value, cut(whole, part))
+            assert value.size * 8 == whole.size
 
 
 def test_logits_stay_near(form):
@@ -116,11 +111,12 @@ def test_logits_stay_near(form):
     assert 0 < change < {"int8": 0.01, "int4": 0.12}[form]
 
 
+@pytest.mark.slow
 def test_generates(form, converted):
-    """All modes run, and a folder writes what the same numbers write that were quantised in memory."""
+    """A folder writes, in every mode, what the same numbers write that were quantised in memory."""
     ours, theirs = tt.load(converted, "float32"), quantized_in_memory("grouped-0", form)
     prompts = [[5, 6, 7], [8, 9, 10, 11, 12], [20] * 17]
-    for method in ("generate_mask_diffusion", "generate_ar"):
+    for method in ("generate_mask_diffusion", "generate_ar", "generate_verified", "generate_mock_ar"):
         g, expected = (getattr(model, method)(prompts, max_new_tokens=12) for model in (ours, theirs))
         assert (g.tokens, g.forwards, g.errors) == (expected.tokens, expected.forwards, [None] * 3)
 
@@ -205,6 +201,7 @@ def test_safetensors_that_say_they_are_quantised(form, copy):
         HuggingFaceFolder(copy)
 
 
+@pytest.mark.slow
 def test_a_backbone_made_two_towers(form, tmp_path):
     """Both towers' experts are the backbone's, quantised once and alike."""
     made = convert(DATA / "backbone-0", tmp_path / "two", two_towers=True, experts=form)

@@ -57,7 +57,7 @@ def test_four_bits_beat_the_largest_number():
 def test_every_byte_is_two_numbers():
     values = jnp.arange(256, dtype=jnp.uint8)[None]
     q = Quantized(values, jnp.ones((1, 2), jnp.bfloat16))
-    low, high = np.split(np.asarray(q.integers())[0], 2)
+    low, high = np.split(np.asarray(q.integers(), int)[0], 2)
     np.testing.assert_array_equal((high + 8) * 16 + low + 8, np.arange(256))
     assert {*low} == {*high} == set(range(-8, 8))
     np.testing.assert_array_equal(q.dequantized(jnp.float32), q.integers())
@@ -74,37 +74,38 @@ def test_packing_is_undone():
     np.testing.assert_array_equal(q.dequantized(jnp.float32), w)
 
 
-@pytest.mark.parametrize("way", [experts.routed, quantized.picked, quantized.in_pieces, quantized.in_tiles])
 @pytest.mark.parametrize(("bits", "group"), [(8, 32), (4, 16)])
-@pytest.mark.parametrize("tokens", [1, 2, 16, quantized.TOKENS_AT_ONCE + 1])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_chosen_expert_answers(way, bits, group, tokens, dtype):
+@pytest.mark.parametrize("tokens", [1, 16, quantized.TOKENS_AT_ONCE + 1])
+def test_every_chosen_expert_answers(bits, group, tokens):
     """Every way is the plain sum over dequantised experts; most tokens choose the same, and some one not here."""
     rng = np.random.default_rng(tokens)
     total, chosen, width, inner = 12, 2, 32, 6
     up, down = (quantize(matrix((total, inner, width), seed), bits, group) for seed in (1, 2))
-    x = jnp.asarray(rng.standard_normal((tokens, width)), dtype)
+    x = jnp.asarray(rng.standard_normal((tokens, width)), jnp.bfloat16)
     picks = np.stack([np.full(tokens, 7), rng.integers(8, total + 1, tokens)], axis=1)
     picks[::5] = [3, 1]
     weights = rng.random((tokens, chosen)).astype(np.float32)
     weights[picks == total] = 0
-    expected = np.zeros((tokens, width))
+    expected, terms = np.zeros((2, tokens, width))  # and the sum of the sizes of all that is added
     whole_up, whole_down = (np.asarray(w.dequantized(jnp.float32), np.float64) for w in (up, down))
     for token in range(tokens):
         for e, weight in zip(picks[token] % total, weights[token], strict=True):
             hidden = np.maximum(whole_up[e] @ np.asarray(x[token], np.float64), 0) ** 2
             expected[token] += weight * (hidden @ whole_down[e])
-    y = way(x, jnp.asarray(picks), jnp.asarray(weights), up, down)
-    assert y.dtype == jnp.float32
-    bound = {"float32": 1e-5, "bfloat16": 0.02}[dtype]  # of the largest number that the row has
-    assert (np.abs(y - expected) <= bound * np.abs(expected).max(-1, keepdims=True)).all()
+            sizes = (np.abs(whole_up[e]) @ np.abs(np.asarray(x[token], np.float64))) ** 2
+            terms[token] += weight * (sizes @ np.abs(whole_down[e]))
+    for way in (experts.routed, quantized.picked, quantized.in_pieces, quantized.in_tiles):
+        for dtype, bound in {"float32": 1e-6, "bfloat16": 0.02}.items():
+            y = jax.jit(way)(x.astype(dtype), jnp.asarray(picks), jnp.asarray(weights), up, down)
+            assert y.dtype == jnp.float32
+            assert (np.abs(y - expected) <= bound * terms).all(), (way, dtype)
 
 
 @pytest.mark.parametrize("place", ["cpu", "h100x1"])
 @pytest.mark.parametrize(("bits", "group"), [(8, 2688), (4, 64)])
 @pytest.mark.parametrize("tokens", [16, 256])
 def test_no_copy_of_the_experts(place, bits, group, tokens):
-    """What the compiler needs beside weights of the released shape is far less than they are, in bfloat16."""
+    """Beside weights of the released shape, 5.1 GB in float32, the compiler needs activations, and few experts."""
     if place != "cpu" and not importlib.util.find_spec("jax_cuda13_plugin"):
         pytest.skip("needs JAX's CUDA plugin")
     device = jax.devices("cpu")[0] if place == "cpu" else target(place).devices[0]
@@ -119,4 +120,4 @@ def test_no_copy_of_the_experts(place, bits, group, tokens):
     choice = shape(tokens, 6, dtype=jnp.int32), shape(tokens, 6, dtype=jnp.float32)
     compiled = jax.jit(experts.routed).lower(shape(tokens, width), *choice, weights, weights).compile()
     activations = total * tokens * inner * (4 + 2)
-    assert compiled.memory_analysis().temp_size_in_bytes < 1.1 * activations + 0.1 * total * inner * width
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.1 * activations + 6 * 4 * inner * width
