@@ -133,9 +133,14 @@ class _Compiler:
             outputs=found.outputs,
             temporaries=found.temporaries,
             collectives=compiled_text.collectives(found.text),
-            copies=compiled_text.copies(found.text, c.hidden_size, c.expert_width) if c.experts else [],
+            copies=[copy for row in _expert_rows(c) for copy in compiled_text.copies(found.text, row, c.expert_width)],
             seconds=found.seconds,
         )
+
+
+def _expert_rows(c: Config) -> set[int]:
+    """How many elements a row of an expert has: as it is multiplied, and as it is stored where it is quantised."""
+    return {c.hidden_size, *c.shape(("expert_row",))} - {0} if c.experts else set()
 
 
 def _bytes(tree: Any) -> int:

@@ -86,12 +86,13 @@ def test_dtypes_of_a_bfloat16_model(form, converted):
             np.testing.assert_array_equal(value, original[path])
 
 
+@pytest.mark.parametrize("form", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
 def test_a_part_is_what_the_whole_has_there(form, tmp_path, monkeypatch):
     """Experts over devices, and an expert's channels."""
     monkeypatch.setattr(checkpoint, "PIECE_BYTES", 2000)
     folder = ConvertedFolder(convert(DATA / "tiny-0", tmp_path / "ours", experts=form).target)
     described = dict(flatten(two_tower.describe(folder.config, True)))
-    for path in experts_of(folder):
+    for path in experts_of(folder)[:4]:
         whole = folder.read(path)
         for place in ({"expert": 0, "tensor": 1}, {"expert": 3, "tensor": 0}):
             part = sharding.part(described[path], folder.config, Shards(expert=4, tensor=2), place)
@@ -100,6 +101,7 @@ def test_a_part_is_what_the_whole_has_there(form, tmp_path, monkeypatch):
             assert value.size * 8 == whole.size
 
 
+@pytest.mark.parametrize("form", ["int8", pytest.param("int4", marks=pytest.mark.slow)])
 def test_logits_stay_near(form):
     """Of the model that was trained, in float32: the root mean square change of the context tower's logits, as a share
     of their deviation. Weights are off by 0.6 % (int8) and 9 % (int4); measured: 0.4 % and 5.6 %.
@@ -123,7 +125,7 @@ def test_generates(form, converted):
 
 def test_a_turned_bit_never_loads(copy):
     contents = json.loads((copy / "checkpoint.json").read_text())
-    for path in experts_of(ConvertedFolder(copy)):
+    for path in experts_of(ConvertedFolder(copy))[-2:]:
         name = "/".join(path)
         wrong = contents["checksums"] | {name: [contents["checksums"][name][0] ^ 1, *contents["checksums"][name][1:]]}
         (copy / "checkpoint.json").write_text(json.dumps(contents | {"checksums": wrong}))

@@ -27,8 +27,10 @@ def run(args: argparse.Namespace) -> int:
     seconds = time.perf_counter() - start
     if args.json:
         result = {"target": str(made.target), "two_towers": made.two_towers, "parameters": made.parameters}
+        result |= {"experts": args.experts}
         print(json.dumps(result | {"format": "huggingface" if args.to_hf else "orbax", "seconds": seconds}))
     else:
         kind = "two towers" if made.two_towers else "a backbone"
-        print(f"wrote {made.target}: {kind}, {made.parameters:,} parameters, {seconds:.1f} s")
+        experts = f", experts {args.experts}" if args.experts else ""
+        print(f"wrote {made.target}: {kind}, {made.parameters:,} parameters{experts}, {seconds:.1f} s")
     return 0
