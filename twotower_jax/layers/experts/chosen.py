@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from twotower_jax.layers import mlp
 from twotower_jax.layers.experts.tiles import Sorted, by_expert
 from twotower_jax.layers.linear import einsum
+from twotower_jax.layers.quantized import matrix
 
 
 def picked(x, experts, weights, up, down):
@@ -28,8 +29,8 @@ def in_tiles(x, experts, weights, up, down):
 
     def turn(i, out):
         rows = jax.lax.dynamic_slice_in_dim(inputs, tiles.start[i], size)
-        hidden = mlp.relu2(einsum("fd,td->tf", up[tiles.expert[i]], rows))
-        y = einsum("tf,fd->td", hidden, down[tiles.expert[i]], out=jnp.float32)
+        hidden = mlp.relu2(einsum("fd,td->tf", matrix(up, tiles.expert[i], x.dtype), rows))
+        y = einsum("tf,fd->td", hidden, matrix(down, tiles.expert[i], x.dtype), out=jnp.float32)
         return jax.lax.dynamic_update_slice_in_dim(out, y, tiles.start[i], axis=0)  # what comes next overwrites padding
 
     out = jax.lax.fori_loop(0, tiles.count, turn, jnp.zeros(inputs.shape, jnp.float32))

@@ -10,7 +10,7 @@ from twotower_jax.layers.linear import einsum
 TOKENS_AT_ONCE = 1024
 
 
-def _spread(experts, weights, total):
+def spread(experts, weights, total):
     """Weights (tokens, E), 0 for those not chosen."""
     tokens = experts.shape[0]
     return jnp.zeros((tokens, total)).at[jnp.arange(tokens)[:, None], experts].set(weights)
@@ -21,7 +21,7 @@ def together(x, experts, weights, up, down):
     (tokens, width), (total, inner, _) = x.shape, up.shape
     # The weights come first, for a CPU repacks what comes second; and nothing is transposed, lest XLA do it to them.
     hidden = mlp.relu2(einsum("nd,td->nt", up.reshape(-1, width), x)).reshape(total, inner, tokens)
-    hidden *= _spread(experts, weights, total).T[:, None].astype(x.dtype)
+    hidden *= spread(experts, weights, total).T[:, None].astype(x.dtype)
     return einsum("nt,nd->td", hidden.reshape(-1, tokens), down.reshape(-1, width), out=jnp.float32)
 
 
