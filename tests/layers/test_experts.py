@@ -1,4 +1,4 @@
-"""The ways of running the experts: each is the plain sum, and so are the gradients that the kernels write themselves."""
+"""The ways of running the experts: each is the plain sum, and the kernels' gradients are those of the dense product."""
 
 import functools
 
