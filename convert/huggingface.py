@@ -49,6 +49,8 @@ class HuggingFaceFolder:
         self.folder = folder
         self.raw_config: dict[str, Any] = read_json(folder / "config.json")
         self.config: Config = parse_config(self.raw_config)
+        if self.config.expert_form:
+            raise InputError(f"{folder} says that its experts are {self.config.expert_form}, but no convert wrote it")
         self._tensors, problems, explained = _scan(folder)
         self.two_towers = any(name.startswith(("context_tower.", "denoiser_tower.")) for name in self._tensors)
         self._parameters = dict(flatten(two_tower.describe(self.config, self.two_towers)))

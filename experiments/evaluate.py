@@ -37,10 +37,15 @@ def generate(model: tt.Model, mode: str, prompts: list[list[int]], block_size: i
 
 
 def evaluate(model: tt.Model, examples: list[dict], mode: str, block_size: int = 16) -> dict:
+    """What a mode writes, as `judged`."""
+    prompts = [TOKENIZER.encode(example["prompt"]).ids for example in examples]
+    return judged(generate(model, mode, prompts, block_size), examples, mode, block_size)
+
+
+def judged(g, examples: list[dict], mode: str, block_size: int = 16) -> dict:
     """ "exact_match" (of all, and "by_task"), "tokens_per_forward", "tokens", "forwards" and "commits"."""
     right, total = collections.Counter(), collections.Counter()
     tokens = forwards = commits = 0
-    g = generate(model, mode, [TOKENIZER.encode(example["prompt"]).ids for example in examples], block_size)
     for example, row, passes in zip(examples, g.tokens, g.forwards, strict=True):
         total[example["task"]] += 1
         right[example["task"]] += row == TOKENIZER.encode(example["completion"]).ids

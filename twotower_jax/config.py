@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from twotower_jax.errors import InputError
+from twotower_jax.errors import InputError, short
 
 TWO_TOWER_ARCHITECTURE = "NemotronHTwoTowerForCausalLM"
 BACKBONE_ARCHITECTURE = "NemotronHForCausalLM"
@@ -96,6 +96,8 @@ class Config:
     initializer_range: float
     eos_token_ids: tuple[int, ...]
 
+    expert_form: str | None = None  # of `EXPERT_BITS`, where the routed experts are quantised (`layers.quantized`)
+
     shards: Shards = Shards()
     whole: "Config | None" = None
 
@@ -106,6 +108,21 @@ class Config:
     @property
     def conv_channels(self) -> int:
         return self.mamba_width + 2 * self.mamba_groups * self.state_size
+
+    @property
+    def expert_bits(self) -> int | None:
+        """Of a number of quantised experts."""
+        return EXPERT_BITS[self.expert_form] if self.expert_form else None
+
+    @property
+    def expert_group(self) -> int | None:
+        """How many numbers of a row of a quantised expert have a scale in common: all of 8 bits; of 4 the largest
+        multiple of 8, up to 64, that divides half a row. None if the experts are not, or cannot be, quantised so.
+        """
+        if self.expert_bits == 8:
+            return self.hidden_size
+        sizes = range(64, 0, -8) if self.expert_bits == 4 else ()
+        return next((size for size in sizes if self.hidden_size % (2 * size) == 0), None)
 
     def shape(self, axes: tuple[str, ...]) -> tuple[int, ...]:
         """Sizes of logical axes (see `parameters.Parameter.axes`)."""
@@ -123,6 +140,8 @@ class Config:
             "experts": self.experts // self.shards.expert,
             "routes": self.experts,
             "expert_width": self.expert_width,
+            "expert_row": self.hidden_size * (self.expert_bits or 0) // 8,
+            "expert_scales": self.hidden_size // (self.expert_group or self.hidden_size),
             "shared_width": self.shared_width,
             "mlp_width": self.mlp_width,
             "time_features": TIME_FEATURES,
@@ -130,6 +149,47 @@ class Config:
             "modulation_hidden": 3 * self.hidden_size,
         }
         return tuple(sizes[axis] for axis in axes)
+
+
+EXPERT_BITS = {"int8": 8, "int4": 4}
+
+
+def with_quantized_experts(config: Config, form: str) -> Config:
+    """The config of the same model with experts in one of the forms `EXPERT_BITS`.
+
+    Raises:
+      InputError: there is no such form, or the model's experts cannot have it.
+    """
+    if not isinstance(form, str) or form not in EXPERT_BITS:
+        raise InputError(f"experts {short(form)} do not exist here; choose {' or '.join(EXPERT_BITS)}")
+    if MOE not in config.pattern:
+        raise InputError(f"experts {form}: this model, {config.pattern}, has no experts")
+    made = dataclasses.replace(config, expert_form=form)
+    if made.expert_group is None:
+        raise InputError(f"experts {form}: hidden_size {config.hidden_size} is no multiple of 16; int8 takes any")
+    return made
+
+
+def quantization(config: Config) -> dict[str, Any]:
+    """What `config.json` says of quantised experts; nothing of others."""
+    if config.expert_form is None:
+        return {}
+    said = {"quant_method": "twotower_jax", "experts": config.expert_form, "group_size": config.expert_group}
+    return {"quantization_config": said}
+
+
+def _quantized(config: Config, raw: Mapping[str, Any]) -> Config:
+    """The config, with experts as `config.json` says that they are."""
+    said = raw.get("quantization_config")
+    if said is None:
+        return config
+    if not isinstance(said, Mapping) or said.get("quant_method") != "twotower_jax":
+        raise InputError(f"config.json: quantization_config {short(said)} is not of twotower convert --experts")
+    config = with_quantized_experts(config, said.get("experts"))
+    right = quantization(config)["quantization_config"]
+    if said != right:
+        raise InputError(f"config.json: quantization_config must be {right}; convert the model's source again")
+    return config
 
 
 TIME_FEATURES = 256  # width of the sinusoid of t; not in any config
@@ -314,7 +374,7 @@ def parse_config(raw: Any) -> Config:
         eos_token_ids=eos,
     )
     _check(config, raw, mamba, attention, moe)
-    return config
+    return _quantized(config, raw)
 
 
 def _check(c: Config, raw: Mapping[str, Any], mamba: bool, attention: bool, moe: bool) -> None:

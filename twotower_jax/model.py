@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -78,8 +77,7 @@ def load(model: str | Path, dtype: Any = "bfloat16", placement: Placement | None
     params = {}
     with distributed.checked_together():
         for path, p in tqdm(list(flatten(description)), desc=f"loading {model}", unit="arrays", delay=2, disable=None):
-            own = jnp.dtype(jnp.float32) if p.float32 else dtype
-            params[path] = towers.of(path[0]).parameter(p, own, functools.partial(folder.read, path))
+            params[path] = towers.of(path[0]).parameter(p, p.dtype_in(dtype), functools.partial(folder.read, path))
     return Model(folder.config, unflatten(params), towers, sources.identity(folder))
 
 

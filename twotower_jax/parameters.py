@@ -30,18 +30,27 @@ class Parameter:
       layout: how a Hugging Face tensor lies: `same`; `linear`, (out, in) there and (in, out) here; `conv`, (C, 1, K)
         there and (K, C) here.
       init: initialiser, called with (key, shape, dtype).
-      float32: kept in float32 whatever the dtype of the model.
+      dtype: in which it is kept whatever the dtype of the model.
     """
 
     axes: tuple[str, ...]
     hf: str
     layout: Literal["same", "linear", "conv"] = "same"
     init: Initializer = nn.initializers.ones
-    float32: bool = False
+    dtype: Any = None
 
     @property
     def stacked(self) -> bool:
         return "{}" in self.hf
+
+    @property
+    def quantized(self) -> bool:
+        """Whether it holds integers or their scales, which no other dtype stands for."""
+        return self.dtype is not None and np.dtype(self.dtype) != np.float32
+
+    def dtype_in(self, model: jnp.dtype) -> np.dtype:
+        """Its dtype in a model of some dtype."""
+        return np.dtype(self.dtype or model)
 
 
 def linear(inputs: str, outputs: str, hf: str, init: Initializer, **kwargs: Any) -> Parameter:
@@ -94,10 +103,7 @@ def cut(array: Any, part: Part) -> np.ndarray:
 
 def parameter_bytes(config: Config, description: Any, dtype: jnp.dtype) -> int:
     """Of a description's parameters in `dtype`; of what one device holds, where the config is."""
-    return sum(
-        math.prod(config.shape(p.axes)) * jnp.dtype(jnp.float32 if p.float32 else dtype).itemsize
-        for p in jax.tree.leaves(description)
-    )
+    return sum(math.prod(config.shape(p.axes)) * p.dtype_in(dtype).itemsize for p in jax.tree.leaves(description))
 
 
 def initialize(description: Any, config: Config, key: jax.Array, dtype: jnp.dtype) -> Any:
@@ -105,7 +111,7 @@ def initialize(description: Any, config: Config, key: jax.Array, dtype: jnp.dtyp
 
     def one(index: int, p: Parameter) -> jax.Array:
         value = p.init(jax.random.fold_in(key, index), config.shape(p.axes), jnp.float32)
-        return value.astype(jnp.float32 if p.float32 else dtype)
+        return value.astype(p.dtype_in(dtype))
 
     leaves, structure = jax.tree.flatten(description)
     return jax.tree.unflatten(structure, [one(index, p) for index, p in enumerate(leaves)])

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from twotower_jax import compiled_text, sharding, two_tower
@@ -98,7 +97,7 @@ class _Shapes(Group):
 
     def parameters(self, description: dict, dtype: np.dtype) -> dict:
         def one(p):
-            shape = jax.ShapeDtypeStruct(self.shape(p), jnp.float32 if p.float32 else dtype)
+            shape = jax.ShapeDtypeStruct(self.shape(p), p.dtype_in(dtype))
             return self.put(shape, sharding.spec(p))
 
         return jax.tree.map(one, description)
@@ -134,9 +133,14 @@ class _Compiler:
             outputs=found.outputs,
             temporaries=found.temporaries,
             collectives=compiled_text.collectives(found.text),
-            copies=compiled_text.copies(found.text, c.hidden_size, c.expert_width) if c.experts else [],
+            copies=[copy for row in _expert_rows(c) for copy in compiled_text.copies(found.text, row, c.expert_width)],
             seconds=found.seconds,
         )
+
+
+def _expert_rows(c: Config) -> set[int]:
+    """How many elements a row of an expert has: as it is multiplied, and as it is stored where it is quantised."""
+    return {c.hidden_size, *c.shape(("expert_row",))} - {0} if c.experts else set()
 
 
 def _bytes(tree: Any) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from twotower_jax import inputs, sources
+from twotower_jax.config import with_quantized_experts
 from twotower_jax.errors import InputError
 from twotower_jax.placement import Placement, place
 from twotower_jax.plan import Plan, Wish, plan
@@ -31,6 +32,7 @@ def make(
     mode: str,
     block_size: int,
     dtype: str,
+    experts: str | None,
     largest: bool,
 ) -> dict[str, Any]:
     """Plans a generation on devices that `targets.target` knows; says on stderr what is compiled.
@@ -47,6 +49,8 @@ def make(
         raise InputError(
             f"{config} is of a backbone, which has no denoiser; give --mode ar, or two towers' config.json"
         )
+    if experts is not None:
+        dimensions = with_quantized_experts(dimensions, experts)
     context = inputs.whole("--context", context, 2, 2**24)
     block_size = inputs.whole("--block-size", block_size, 1, context)
     rows = inputs.whole("--rows", rows, 1, 2**20)
@@ -86,7 +90,8 @@ def make(
     if made is None:
         raise InputError(refused)
     about = {"date": str(date.today()), "jax": version("jax"), "config": str(config), "devices": devices}
-    about |= {"note": found.note, "towers": str(towers), "mode": mode, "dtype": dtype, "rows": rows, "context": context}
+    about |= {"note": found.note, "towers": str(towers), "mode": mode, "dtype": dtype}
+    about |= {"experts": dimensions.expert_form, "rows": rows, "context": context}
     text = table(made, found.memory) + ("" if most is None else f"\nrows of {context} tokens that fit: {most}")
     fits = max(made.needed.values()) <= found.memory * USABLE
     return about | dataclasses.asdict(made) | {"fits": fits, "largest_rows": most, "table": text}

@@ -200,12 +200,14 @@ def test_a_loss_that_is_not_finite(settings):
 def test_bad_starts(settings, home):
     (home / "bare").mkdir()
     (home / "bare" / "config.json").write_text((home / "base" / "config.json").read_text())
+    few = convert("demo", home / "few", experts="int8").target
     cases = {
         "starts from a trained backbone": settings("denoise"),
         "objective ar trains a backbone": dataclasses.replace(settings("ar"), model="demo"),
         "tokenizer.json does not exist; give data.tokenizer": dataclasses.replace(
             settings("ar"), data=dataclasses.replace(settings("ar").data, tokenizer="")
         ),
+        "has int8 experts, which are not trained; give its source": dataclasses.replace(settings("ar"), model=str(few)),
         "mask_token_id 999": dataclasses.replace(settings("ar"), mask_token_id=999),
     }
     for message, c in cases.items():

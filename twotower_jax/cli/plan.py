@@ -4,6 +4,7 @@ import argparse
 import json
 
 from twotower_jax.cli.options import add_json, add_placement, asked_placement
+from twotower_jax.config import EXPERT_BITS
 from twotower_jax.decoding import MODES
 
 
@@ -16,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--mode", choices=MODES, default="diffusion")
     add("--block-size", type=int, default=16, metavar="S", help="positions denoised together (16)")
     add("--dtype", default="bfloat16", help="bfloat16 (default) or float32")
+    add("--experts", choices=EXPERT_BITS, help="quantised, as convert makes them (as the model has them)")
     add("--largest", action="store_true", help="find the largest number of rows that fits, too")
     add_placement(parser)
     add_json(parser)
@@ -28,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from twotower_jax import plan_report
 
-    names = ("devices", "rows", "context", "mode", "block_size", "dtype", "largest")
+    names = ("devices", "rows", "context", "mode", "block_size", "dtype", "experts", "largest")
     result = plan_report.make(args.config, asked_placement(args), **{name: getattr(args, name) for name in names})
     print(json.dumps(result) if args.json else result["table"])
     return 0 if result["fits"] else 1

@@ -29,9 +29,9 @@ def describe(c: Config) -> dict[str, Parameter]:
     description = {
         "in_proj": linear("hidden", "mamba_in", "in_proj.weight", weights),
         "conv_weight": Parameter(("conv_taps", "conv_channels"), "conv1d.weight", "conv", weights),
-        "dt_bias": Parameter(("mamba_heads",), "dt_bias", init=dt_bias, float32=True),
-        "a_log": Parameter(("mamba_heads",), "A_log", init=a_log, float32=True),
-        "skip": Parameter(("mamba_heads",), "D", float32=True),
+        "dt_bias": Parameter(("mamba_heads",), "dt_bias", init=dt_bias, dtype=jnp.float32),
+        "a_log": Parameter(("mamba_heads",), "A_log", init=a_log, dtype=jnp.float32),
+        "skip": Parameter(("mamba_heads",), "D", dtype=jnp.float32),
         "norm": Parameter(("mamba_inner",), "norm.weight"),
         "out_proj": linear("mamba_inner", "hidden", "out_proj.weight", weights),
     }

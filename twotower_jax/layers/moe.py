@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from twotower_jax.config import Config
-from twotower_jax.layers import mlp
+from twotower_jax.layers import mlp, quantized
 from twotower_jax.layers.collectives import tensor_sum
 from twotower_jax.layers.expert_parallel import routed_over_devices
 from twotower_jax.layers.linear import einsum
@@ -16,13 +16,37 @@ from twotower_jax.state import ExpertLoad, Span
 def describe(c: Config) -> dict[str, Parameter]:
     weights = normal(c.initializer_range)
     return {
-        "router": linear("hidden", "routes", "gate.weight", weights, float32=True),
-        "correction": Parameter(("routes",), "gate.e_score_correction_bias", init=nn.initializers.zeros, float32=True),
-        "up": Parameter(("experts", "expert_width", "hidden"), "experts.{}.up_proj.weight", init=weights),
-        "down": Parameter(("experts", "expert_width", "hidden"), "experts.{}.down_proj.weight", "linear", weights),
+        "router": linear("hidden", "routes", "gate.weight", weights, dtype=jnp.float32),
+        "correction": Parameter(
+            ("routes",), "gate.e_score_correction_bias", init=nn.initializers.zeros, dtype=jnp.float32
+        ),
+        **_describe_experts("up", "same", c),
+        **_describe_experts("down", "linear", c),
         "shared_up": linear("hidden", "shared_width", "shared_experts.up_proj.weight", weights),
         "shared_down": linear("shared_width", "hidden", "shared_experts.down_proj.weight", weights),
     }
+
+
+def scales_of(name: str) -> str:
+    """The parameter that holds the scales of quantised experts."""
+    return f"{name}_scales"
+
+
+def _describe_experts(name: str, layout: str, c: Config) -> dict[str, Parameter]:
+    """A matrix of all experts; where they are quantised its integers, and their scales."""
+    hf = f"experts.{{}}.{name}_proj.weight"
+    if c.expert_form is None:
+        return {name: Parameter(("experts", "expert_width", "hidden"), hf, layout, normal(c.initializer_range))}
+    values, scales = quantized.initializers(c.expert_bits, c.initializer_range)
+    axes, dtype = ("experts", "expert_width"), quantized.INTEGERS[c.expert_bits]
+    return {
+        name: Parameter((*axes, "expert_row"), hf, layout, values, dtype),
+        scales_of(name): Parameter((*axes, "expert_scales"), hf, layout, scales, quantized.SCALE),
+    }
+
+
+def _experts(p: dict[str, jax.Array], name: str) -> jax.Array | quantized.Quantized:
+    return quantized.Quantized(p[name], p[scales_of(name)]) if scales_of(name) in p else p[name]
 
 
 def route(x: jax.Array, router: jax.Array, correction: jax.Array, c: Config) -> tuple[jax.Array, jax.Array]:
@@ -65,7 +89,7 @@ class MoE(nn.Module):
         p = declare(self, describe(self.config), self.config)
         tokens = x.reshape(-1, x.shape[-1])
         experts, weights = route(tokens, p["router"], p["correction"], self.config)
-        y = routed_over_devices(tokens, experts, weights, p["up"], p["down"], self.config)
+        y = routed_over_devices(tokens, experts, weights, _experts(p, "up"), _experts(p, "down"), self.config)
         y = tensor_sum(y + mlp.mlp(tokens, p["shared_up"], p["shared_down"]), self.config)
         load = None
         if span.count_experts:

@@ -42,7 +42,7 @@ class Fresh:
         self._description = dict(flatten(two_tower.describe(self.config, False)))
 
     def dtype(self, path: tuple[str, ...]) -> np.dtype:
-        return np.dtype(np.float32) if self._description[path].float32 else np.dtype(jnp.bfloat16)
+        return self._description[path].dtype_in(jnp.bfloat16)
 
     def read(self, path: tuple[str, ...]) -> np.ndarray:
         return np.asarray(dict(flatten(self._params))[path])
@@ -76,6 +76,8 @@ class Start:
         self.folder = folder
         self._source = sources.open_folder(folder) if has_weights else Fresh(folder, c.seed)
         self.config: Config = self._source.config
+        if self.config.expert_form:
+            raise InputError(f"{c.model} has {self.config.expert_form} experts, which are not trained; give its source")
         if c.objective == "ar" and self._source.two_towers:
             raise InputError(f"{c.model} has two towers; objective ar trains a backbone")
         if c.objective != "ar" and not has_weights:
@@ -99,7 +101,7 @@ class Start:
         dtype = inputs.dtype(c.dtype)
         description = two_tower.describe(self.config, c.objective != "ar")
         part = description["context" if c.objective == "ar" else "denoiser"]
-        self.dtypes = jax.tree.map(lambda p: jnp.dtype(jnp.float32) if p.float32 else dtype, part)
+        self.dtypes = jax.tree.map(lambda p: p.dtype_in(dtype), part)
         self.frozen = {}
         if c.objective == "denoise":
             self.frozen = self._read(description["context"], "context", dtype)
@@ -122,7 +124,7 @@ class Start:
         """A tower's parameters on the devices, in `dtype` or float32."""
         params = {}
         for path, p in flatten(description):
-            value = self._source.read((tower, *path)).astype(np.float32 if p.float32 else dtype)
+            value = self._source.read((tower, *path)).astype(p.dtype_in(dtype))
             params[path] = self.placement.put(value, p)
         return unflatten(params)
 

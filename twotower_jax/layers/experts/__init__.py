@@ -6,12 +6,14 @@ from collections.abc import Callable
 import jax
 
 from twotower_jax.errors import InputError
+from twotower_jax.layers.experts import quantized
 from twotower_jax.layers.experts.chosen import in_tiles, picked
 from twotower_jax.layers.experts.dense import TOKENS_AT_ONCE, in_pieces, together
 from twotower_jax.layers.experts.grouped import grouped
 from twotower_jax.layers.experts.megablox import Megablox
 from twotower_jax.layers.experts.triton import Triton
 from twotower_jax.layers.linear import apart
+from twotower_jax.layers.quantized import Quantized
 
 by_triton = functools.partial(grouped, Triton())
 by_megablox = functools.partial(grouped, Megablox())
@@ -41,7 +43,9 @@ def way(name: str, platform: str) -> Callable:
     return function
 
 
-def routed(x: jax.Array, experts: jax.Array, weights: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
+def routed(
+    x: jax.Array, experts: jax.Array, weights: jax.Array, up: jax.Array | Quantized, down: jax.Array | Quantized
+) -> jax.Array:
     """The weighted sum of the chosen experts' outputs, by the way that moves the fewest bytes for so many tokens.
 
     On NVIDIA GPUs and TPUs kernels read the chosen experts and no others, once for a tile of tokens: at no size does
@@ -51,13 +55,15 @@ def routed(x: jax.Array, experts: jax.Array, weights: jax.Array, up: jax.Array, 
       x: (tokens, D).
       experts: (tokens, k) int32; E stands for an expert that is not here, whose weight is 0.
       weights: (tokens, k) float32.
-      up: (E, F, D).
+      up: (E, F, D), quantised if `down` is.
       down: (E, F, D).
 
     Returns:
       (tokens, D) float32.
     """
     arrays = (apart(x), experts, weights, up, down)
+    if isinstance(up, Quantized):
+        return jax.lax.platform_dependent(*arrays, cuda=by_triton, default=quantized.routed)
     return jax.lax.platform_dependent(*arrays, cuda=by_triton, tpu=by_megablox, default=_without_kernels)
 
 

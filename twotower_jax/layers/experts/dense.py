@@ -10,7 +10,7 @@ from twotower_jax.layers.linear import einsum
 TOKENS_AT_ONCE = 1024
 
 
-def _spread(experts, weights, total):
+def spread(experts, weights, total):
     """Weights (tokens, E), 0 for those not chosen."""
     tokens = experts.shape[0]
     return jnp.zeros((tokens, total)).at[jnp.arange(tokens)[:, None], experts].set(weights)
@@ -18,7 +18,7 @@ def _spread(experts, weights, total):
 
 def together(x, experts, weights, up, down):
     """All experts in one product."""
-    weights = _spread(experts, weights, up.shape[0])
+    weights = spread(experts, weights, up.shape[0])
     hidden = mlp.relu2(einsum("td,efd->etf", x, up))
     hidden *= weights.T[..., None].astype(x.dtype)
     return einsum("etf,efd->td", hidden, down, out=jnp.float32)
