@@ -30,6 +30,8 @@ for name, value in {"jax_compilation_cache_dir": PROGRAMS, "jax_persistent_cache
     jax.config.update(name, value)
     os.environ[name.upper()] = str(value)
 
+os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # to compile for GPUs (`targets`) where there are none
+
 
 @functools.cache
 def load(name: str, dtype: str = "float32") -> tt.Model:

@@ -64,16 +64,23 @@ def _parts(result: str) -> list[str]:
     return parts
 
 
+def made(text: str) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """The arrays that a program makes, each with its operation, dtype and shape: not its parameters, nor what is inside
+    a fusion, nor what a TPU brings into its vector memory, `S(1)`, to multiply with it.
+    """
+    for result, operation in _instructions(text):
+        if operation not in IN_PLACE and not operation.endswith("-done"):
+            for dtype, dims in _shapes(IN_VECTOR_MEMORY.sub("", _given(result, operation))):
+                yield operation, dtype, dims
+
+
 def copies(text: str, rows: int, columns: int) -> list[str]:
     """Operations that make an array of one or more matrices (rows, columns), and its type: weights copied or gathered.
 
-    An array is taken for such if it has an axis of `rows` and as many elements as some of these matrices. What a TPU
-    brings into its vector memory, `S(1)`, to multiply with it is none.
+    An array is taken for such if it has an axis of `rows` and as many elements as some of these matrices.
     """
     return [
         f"{operation} {dtype}[{','.join(map(str, dims))}]"
-        for result, operation in _instructions(text)
-        if operation not in IN_PLACE and not operation.endswith("-done")
-        for dtype, dims in _shapes(IN_VECTOR_MEMORY.sub("", _given(result, operation)))
+        for operation, dtype, dims in made(text)
         if rows in dims and math.prod(dims) % (rows * columns) == 0
     ]

@@ -40,7 +40,7 @@ def test_nothing_is_dropped(config, devices, router, room):
     rng = np.random.default_rng(devices)
     x, up, down = (
         rng.standard_normal(shape).astype(np.float32)
-        for shape in ((TOKENS, WIDTH), (TOTAL, WIDTH, INNER), (TOTAL, INNER, WIDTH))
+        for shape in ((TOKENS, WIDTH), (TOTAL, INNER, WIDTH), (TOTAL, INNER, WIDTH))
     )
     chosen, weights = choices(router, rng), rng.random((TOKENS, CHOSEN)).astype(np.float32)
     expected = experts.routed(*map(jnp.asarray, (x, chosen, weights, up, down)))
@@ -63,7 +63,7 @@ def test_the_way_is_chosen_by_size(config):
         x = jax.ShapeDtypeStruct((tokens * devices, c.hidden_size), jnp.float32)
         chosen = jax.ShapeDtypeStruct((tokens * devices, CHOSEN), jnp.int32)
         weights = jax.ShapeDtypeStruct((tokens * devices, CHOSEN), jnp.float32)
-        up = jax.ShapeDtypeStruct((TOTAL, c.hidden_size, INNER), jnp.float32)
+        up = jax.ShapeDtypeStruct((TOTAL, INNER, c.hidden_size), jnp.float32)
         down = jax.ShapeDtypeStruct((TOTAL, INNER, c.hidden_size), jnp.float32)
         group = place(Placement(range(devices), mesh={"expert": devices}), config, two_towers=False).context
         spec = PartitionSpec("expert")

@@ -13,6 +13,7 @@ from twotower_jax.layers.experts.grouped import grouped
 from twotower_jax.layers.experts.megablox import Megablox
 from twotower_jax.layers.experts.tiles import by_expert
 from twotower_jax.layers.experts.triton import Triton
+from twotower_jax.layers.quantized import quantize
 
 KERNELS = {
     "triton": functools.partial(grouped, Triton(interpret=True)),
@@ -68,6 +69,15 @@ def test_kernels(name, shape):
     """Of experts that are not here nothing is read or written: what stands there may be anything."""
     arrays = case(*shape)
     close(KERNELS[name](*arrays), plain(*arrays))
+
+
+@pytest.mark.parametrize(("bits", "group"), [(8, 160), (8, 32), (4, 80), (4, 8)])
+def test_quantized(bits, group):
+    """With a scale for a row, for a part of it that is a tile's and for less; both numbers in a byte."""
+    x, choices, weights, up, down = case(5, 9, 3, 160, 40)
+    up, down = (quantize(w, bits, group) for w in (up, down))
+    y = KERNELS["triton"](x, choices, weights, up, down)
+    close(y, plain(x, choices, weights, up.dequantized(jnp.float32), down.dequantized(jnp.float32)))
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -64,7 +64,7 @@ def routed(
     """
     x = apart(x)
     if isinstance(up, Quantized):
-        ways = {"cpu": in_tiles, "default": quantized.routed}
+        ways = {"cpu": in_tiles, "cuda": by_triton, "default": quantized.routed}
     else:
         ways = {"cpu": _on_cpu, "cuda": by_triton, "tpu": by_megablox, "default": _without_kernels}
     return jax.lax.platform_dependent(x, experts, weights, up, down, **ways)

@@ -16,6 +16,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from twotower_jax.layers.experts.tiles import Unsorted, by_expert
 from twotower_jax.layers.linear import HIGHEST
+from twotower_jax.layers.quantized import Quantized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +54,37 @@ def _dot(a: jax.Array, b: jax.Array, contracted: tuple) -> jax.Array:
     return jax.lax.dot_general(a, b, (contracted, ((), ())), precision, jnp.float32)
 
 
-def _product(expert, start, stop, order, x, weights, y, *, tile, chosen, activation):
+def _read(weights, e, channel, channels, number, numbers, dtype) -> list[jax.Array]:
+    """The part (channels, numbers) of an expert's matrix that begins at (channel, number), an array for each number in
+    a byte: of 4 bits the second one begins half a row later. What a tile has beyond the matrix is finite.
+    """
+    values, *scales = weights
+    rows, columns = channel + jnp.arange(channels), number + jnp.arange(numbers)
+    real, width = rows < values.shape[1], values.shape[2]
+    mask = real[:, None] & (columns < width)[None]
+    part = plgpu.load(values.at[e, pl.ds(channel, channels), pl.ds(number, numbers)], mask=mask, other=0)
+    if not scales:
+        return [part]
+    parts = [part] if values.dtype == jnp.int8 else [(half & 15).astype(jnp.int8) - 8 for half in (part, part >> 4)]
+    group = width * len(parts) // scales[0].shape[2]
+
+    def scaled(part, offset):
+        if group % numbers == 0:  # all of one group
+            scale = plgpu.load(scales[0].at[e, rows, (number + offset) // group], mask=real, other=0)[:, None]
+        else:
+            scale = scales[0].at[e, rows[:, None], ((columns + offset) // group)[None]]
+            scale = plgpu.load(scale, mask=mask, other=0)
+        return part.astype(dtype) * scale.astype(dtype)
+
+    return [scaled(part, n * width) for n, part in enumerate(parts)]
+
+
+def _product(expert, start, stop, order, x, *arrays, tile, chosen, activation):
     """y = activation(x up^T) of tokens' rows x, if `chosen` of them have a token in common; otherwise x down."""
+    *weights, y = arrays
     column, number = pl.program_id(0) * tile.columns, pl.program_id(1)
     first, end = start[number], stop[number]
-    summed, width, depth = x.shape[1], y.shape[1], _depth(tile, x.dtype)
+    depth, width = _depth(tile, x.dtype), weights[0].shape[2]
 
     @pl.when(first < end)
     def _():
@@ -68,23 +95,32 @@ def _product(expert, start, stop, order, x, weights, y, *, tile, chosen, activat
         source, target = (choice // chosen, place) if chosen else (place, choice)
         columns = column + jnp.arange(tile.columns)
 
-        def step(i, total):
-            along = i * depth + jnp.arange(depth)
-            there, here = pl.ds(i * depth, depth), pl.ds(column, tile.columns)
-            mask = real[:, None] & (along < summed)[None]
-            a = plgpu.load(x.at[source[:, None], along[None]], mask=mask, other=0)
-            if chosen:
-                mask = (columns < width)[:, None] & (along < summed)[None]
-                b = plgpu.load(weights.at[e, here, there], mask=mask, other=0)
-                return total + _dot(a, b, ((1,), (1,)))
-            mask = (along < summed)[:, None] & (columns < width)[None]
-            b = plgpu.load(weights.at[e, there, here], mask=mask, other=0)
-            return total + _dot(a, b, ((1,), (0,)))
+        def rows_of_x(begin, offset, size):
+            along = begin + jnp.arange(depth)
+            mask = real[:, None] & (along < size)[None]
+            return plgpu.load(x.at[source[:, None], (along + offset)[None]], mask=mask, other=0)
+
+        def up(i, total):
+            parts = _read(weights, e, column, tile.columns, i * depth, depth, x.dtype)
+            for n, part in enumerate(parts):
+                total += _dot(rows_of_x(i * depth, n * width, width), part, ((1,), (1,)))
+            return total
+
+        def down(i, totals):
+            a = rows_of_x(i * depth, 0, x.shape[1])
+            parts = _read(weights, e, i * depth, depth, column, tile.columns, x.dtype)
+            return tuple(total + _dot(a, part, ((1,), (0,))) for total, part in zip(totals, parts, strict=True))
 
         total = jnp.zeros((tile.rows, tile.columns), jnp.float32)
-        total = activation(jax.lax.fori_loop(0, pl.cdiv(summed, depth), step, total))
-        mask = real[:, None] & (columns < width)[None]
-        plgpu.store(y.at[target[:, None], columns[None]], total.astype(y.dtype), mask=mask)
+        if chosen:
+            totals, size = (jax.lax.fori_loop(0, pl.cdiv(width, depth), up, total),), y.shape[1]
+        else:
+            totals, size = (total,) * (y.shape[1] // width), width
+            totals = jax.lax.fori_loop(0, pl.cdiv(x.shape[1], depth), down, totals)
+        mask = real[:, None] & (columns < size)[None]
+        for n, total in enumerate(totals):
+            there = y.at[target[:, None], (columns + n * width)[None]]
+            plgpu.store(there, activation(total).astype(y.dtype), mask=mask)
 
 
 def _outer(start, stop, order, h, x, y, *, tile, chosen):
@@ -108,6 +144,15 @@ def _outer(start, stop, order, h, x, y, *, tile, chosen):
     mask = (rows < h.shape[1])[:, None] & (columns < x.shape[1])[None]
     here = (pl.ds(height, tile.rows), pl.ds(width, tile.columns))
     plgpu.store(y.at[e, *here], total.astype(y.dtype), mask=mask)
+
+
+def _within_groups(tile: Tile, weights: Quantized, dtype: jnp.dtype) -> Tile:
+    """Such that numbers that are read together have one scale, where groups are of 16 or a larger power of 2."""
+    most = weights.group & -weights.group
+    if most < 16:
+        return tile
+    depth = min(_depth(tile, dtype), most) * dtype.itemsize // 2
+    return dataclasses.replace(tile, columns=min(tile.columns, most), depth=depth)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,13 +180,19 @@ class Triton:
         return self._run(kernel, grid, tile, given, choices.starts, choices.stops, choices.order, hidden, x)
 
     def _product(self, x, weights, choices, given, **options):
-        tile, (width, dtype) = tile_for(choices.order.size, weights.shape[0]), given
+        (width, dtype), count = given, choices.order.size
+        tile, parts, bytes_wide = tile_for(count, weights.shape[0]), [weights], width
+        if isinstance(weights, Quantized):
+            parts = [weights.values, weights.scales]
+            tile = _within_groups(tile, weights, x.dtype)
+            if not options["chosen"]:
+                bytes_wide = weights.values.shape[2]
         cut = choices.tiles(tile.rows)
         kernel = functools.partial(_product, tile=tile, **options)
         # A tile's programs stand together: its rows stay in the cache, and so does its expert for the next tile.
-        grid = (pl.cdiv(width, tile.columns), cut.expert.size)
-        given = jax.ShapeDtypeStruct((choices.order.size, width), dtype)
-        return self._run(kernel, grid, tile, given, cut.expert, cut.start, cut.stop, choices.order, x, weights)
+        grid = (pl.cdiv(bytes_wide, tile.columns), cut.expert.size)
+        given = jax.ShapeDtypeStruct((count, width), dtype)
+        return self._run(kernel, grid, tile, given, cut.expert, cut.start, cut.stop, choices.order, x, *parts)
 
     def _run(self, kernel, grid, tile, given, *arrays):
         parameters = plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages)
