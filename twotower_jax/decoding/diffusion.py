@@ -44,7 +44,8 @@ def denoise_step(
     """
     with jax.named_scope("denoise_step"):
         t = block.masked.sum(-1) / block.size
-        logits = two_tower.denoise(config, params, state, block.tokens, t, block.size)
+        size = jnp.where(block.masked.any(-1), block.size, 0)
+        logits = two_tower.denoise(config, params, state, block.tokens, t, size)
         return refine(rules, block, logits, keys, Vocabulary(config.shards.tensor))
 
 

@@ -98,7 +98,9 @@ class Together:
         self._params = params
         self._place = here = _Place(group, programs, **sizes, dtype=two_tower.dtype_of(params))
         self._share, self._mask_id = group.put((np.float32(share), np.int32(mask_id)), WHOLE)
-        self._most = math.ceil(share * sizes["slots"] / group.row_shards)
+        own = sizes["slots"] // group.row_shards
+        # Of diffusion all blocks are read that are full: rows that have none cost their experts nothing.
+        self._most = {"diffusion": own, "verified": math.ceil(share * own)}
         context = sharding.specs(group.whole, "context")
         both = sharding.specs(group.whole, *params)
         bench, slots = here.bench_spec, here.slots_spec
@@ -121,7 +123,7 @@ class Together:
     def write(self, mode: str, kinds: Kinds) -> list[News]:
         here = self._place
         if mode in self._blocks:
-            numbers, sizes = (self._share, self._mask_id), {"kinds": kinds, "most": self._most}
+            numbers, sizes = (self._share, self._mask_id), {"kinds": kinds, "most": self._most[mode]}
             here.slots, news = here.run(self._blocks[mode], self._params, here.slots, *numbers, **sizes)
         else:
             sizes = {"mode": mode, "tokens": TOKENS, "kinds": kinds}

@@ -205,6 +205,8 @@ def read(
 
     def extended(state: TowerState) -> TowerState:
         with jax.named_scope("commit"):
+            if most == count.shape[0]:
+                return two_tower.extend(config, params, state, tokens, count)[1]
             own, some, n = jax.tree.map(lambda x: jnp.take(x, rows, axis=0, mode="clip"), (state, tokens, count))
             _, after = two_tower.extend(config, params, own, some, n)
             return two_tower.absorb(state, two_tower.news(after, own.length, some.shape[1]), rows)

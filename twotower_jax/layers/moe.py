@@ -89,10 +89,11 @@ class MoE(nn.Module):
         p = declare(self, describe(self.config), self.config)
         tokens = x.reshape(-1, x.shape[-1])
         experts, weights = route(tokens, p["router"], p["correction"], self.config)
+        real = span.real(x.shape[1]).reshape(-1, 1)  # padding has no experts: those that it alone chose are not read
+        experts, weights = jnp.where(real, experts, self.config.experts), jnp.where(real, weights, 0)
         y = routed_over_devices(tokens, experts, weights, _experts(p, "up"), _experts(p, "down"), self.config)
         y = tensor_sum(y + mlp.mlp(tokens, p["shared_up"], p["shared_down"]), self.config)
         load = None
         if span.count_experts:
-            real = span.real(x.shape[1]).reshape(-1, 1).astype(jnp.int32)
-            load = jnp.zeros(self.config.experts, jnp.int32).at[experts].add(real)
+            load = jnp.zeros(self.config.experts, jnp.int32).at[experts].add(1, mode="drop")
         return y.astype(x.dtype).reshape(x.shape), load
