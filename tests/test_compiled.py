@@ -6,6 +6,7 @@ A model small in depth alone, so that what is copied shows. Every check is tried
 import functools
 import importlib.util
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +68,7 @@ def text(program, device):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 
     def parameter(p):
-        return here(config().shape(p.axes), jnp.float32 if p.float32 else jnp.bfloat16)
+        return here(config().shape(p.axes), p.dtype_in(jnp.bfloat16))
 
     params = jax.tree.map(parameter, two_tower.describe(config(), two_towers=True))
     state = jax.eval_shape(lambda: empty_state(config(), ROWS, CONTEXT, jnp.bfloat16))
@@ -76,8 +77,15 @@ def text(program, device):
     return jax.jit(over).lower(params, state, here((ROWS, LENGTH), jnp.int32)).compile().as_text()
 
 
-def weights_made(text):
-    return copies(text, config().hidden_size, config().expert_width)
+def weights_made(text, device):
+    """Copies of experts' matrices; on a CPU, which brings one at a time into its cache, of more than one."""
+    rows, columns = config().hidden_size, config().expert_width
+    found = copies(text, rows, columns)
+    return (
+        [copy for copy in found if not re.search(rf"\[({rows},{columns}|{columns},{rows})\]", copy)]
+        if device.platform == "cpu"
+        else found
+    )
 
 
 def spread(text):
@@ -93,20 +101,19 @@ def logits(text):
 
 @pytest.mark.parametrize("program", [ar_step, denoiser_pass])
 def test_no_weights_are_copied(device, program):
-    assert not weights_made(text(program, device))
+    assert not weights_made(text(program, device), device)
 
 
 def test_prefill(device):
     found = text(prefill, device)
     assert not spread(found)
     assert not logits(found)
-    if device.platform != "cpu":  # whose tiles gather their experts
-        assert not weights_made(found)
+    assert not weights_made(found, device)
 
 
 def test_what_the_checks_find(device, monkeypatch):
     assert logits(text(all_logits, device))
     monkeypatch.setattr(expert_parallel, "routed", experts.picked)
-    assert weights_made(text(ar_step, device))
+    assert weights_made(text(ar_step, device), device)
     monkeypatch.setattr(expert_parallel, "routed", experts.in_pieces)
     assert spread(text(prefill, device))

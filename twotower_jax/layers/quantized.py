@@ -64,11 +64,6 @@ class Quantized:
         return (integers * self.scales.astype(jnp.float32)[..., None]).reshape(self.shape).astype(dtype)
 
 
-def matrix(stacked: jax.Array | Quantized, index: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """One of stacked matrices, dequantised if need be."""
-    return stacked[index].dequantized(dtype) if isinstance(stacked, Quantized) else stacked[index]
-
-
 def initializers(bits: int, deviation: float) -> tuple[Callable, Callable]:
     """Of values and scales that stand for numbers of this standard deviation."""
 

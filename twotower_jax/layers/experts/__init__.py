@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
 from twotower_jax.errors import InputError
 from twotower_jax.layers.experts import quantized
@@ -72,7 +73,8 @@ def routed(
 
 def _on_cpu(x, experts, weights, up, down):
     tokens, total = x.shape[0], up.shape[0]
-    together_pays = tokens <= 32 and 2 * experts.size > total
+    # In another dtype a CPU would have to convert all experts, as it has no product of it.
+    together_pays = x.dtype == jnp.float32 and tokens <= 32 and 2 * experts.size > total
     return (together if together_pays else in_tiles)(x, experts, weights, up, down)
 
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from twotower_jax.layers import mlp
 from twotower_jax.layers.experts.tiles import Sorted, by_expert
 from twotower_jax.layers.linear import einsum
-from twotower_jax.layers.quantized import matrix
+from twotower_jax.layers.quantized import Quantized
 
 
 def picked(x, experts, weights, up, down):
@@ -17,8 +17,15 @@ def picked(x, experts, weights, up, down):
 
 def _tile(experts: jax.Array, total: int) -> int:
     """How many choices of an expert a CPU multiplies together: about as many as there are on the mean, or one alone."""
-    even = experts.size // total
+    even = max(1, experts.size // total)
     return 1 if 2 * experts.size <= total else min(max(16, 1 << even.bit_length() - 1), 128)
+
+
+def _matrix(stacked: jax.Array | Quantized, expert: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """An expert's own."""
+    # Held back, or XLA would convert all experts to float32 before the loop.
+    stacked, expert = jax.lax.optimization_barrier((stacked, expert))
+    return stacked[expert].dequantized(dtype) if isinstance(stacked, Quantized) else stacked[expert]
 
 
 @jax.custom_vjp
@@ -28,9 +35,12 @@ def in_tiles(x, experts, weights, up, down):
     tiles, inputs = choices.tiles(size), _sorted(x, choices, experts.shape[1], size)
 
     def turn(i, out):
+        def one(stacked):
+            return _matrix(stacked, tiles.expert[i], x.dtype)
+
         rows = jax.lax.dynamic_slice_in_dim(inputs, tiles.start[i], size)
-        hidden = mlp.relu2(einsum("fd,td->tf", matrix(up, tiles.expert[i], x.dtype), rows))
-        y = einsum("tf,fd->td", hidden, matrix(down, tiles.expert[i], x.dtype), out=jnp.float32)
+        hidden = mlp.relu2(einsum("fd,td->tf", one(up), rows))
+        y = einsum("tf,fd->td", hidden, one(down), out=jnp.float32)
         return jax.lax.dynamic_update_slice_in_dim(out, y, tiles.start[i], axis=0)  # what comes next overwrites padding
 
     out = jax.lax.fori_loop(0, tiles.count, turn, jnp.zeros(inputs.shape, jnp.float32))
@@ -68,13 +78,15 @@ def _backward(arrays, dy):
         def tile(z):
             return jax.lax.dynamic_slice_in_dim(z, start, size)
 
+        own_up, own_down = (_matrix(stacked, expert, x.dtype) for stacked in (up, down))
+
         rows, above = tile(inputs), jnp.where(real, tile(upstream), 0)
-        before = einsum("fd,td->tf", up[expert], rows)
+        before = einsum("fd,td->tf", own_up, rows)
         hidden = mlp.relu2(before)
-        back = einsum("fd,td->tf", down[expert], above, out=jnp.float32)
+        back = einsum("fd,td->tf", own_down, above, out=jnp.float32)
         dbefore = (back * tile(weight)[:, None] * 2 * jax.nn.relu(before)).astype(x.dtype)
         weighted = (above * tile(weight)[:, None]).astype(x.dtype)
-        dx = jax.lax.dynamic_update_slice_in_dim(dx, einsum("tf,fd->td", dbefore, up[expert]), start, axis=0)
+        dx = jax.lax.dynamic_update_slice_in_dim(dx, einsum("tf,fd->td", dbefore, own_up), start, axis=0)
         dweight = jax.lax.dynamic_update_slice_in_dim(dweight, (back * hidden).sum(-1), start, axis=0)
         dup = dup.at[expert].add(einsum("tf,td->fd", dbefore, rows, out=jnp.float32))
         ddown = ddown.at[expert].add(einsum("tf,td->fd", hidden, weighted, out=jnp.float32))
