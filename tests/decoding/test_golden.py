@@ -1,15 +1,22 @@
 """Every token, step and forward of the reference, in all modes and settings, as ragged batches and one by one."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
 from conftest import Golden, byte_ids, golden_of, load
 
+import twotower_jax as tt
 from twotower_jax import two_tower
 from twotower_jax.decoding import diffusion
 from twotower_jax.decoding.block import masked_block
 from twotower_jax.decoding.sampling import Sampler
 from twotower_jax.decoding.unmasking import Unmasking
+from twotower_jax.layers import expert_parallel, experts
+from twotower_jax.layers.experts.grouped import grouped
+from twotower_jax.layers.experts.megablox import Megablox
+from twotower_jax.layers.experts.triton import Triton
 
 SETTINGS = [(16, 16, 0.8), (16, 16, 0.3), (8, 8, 0.5), (16, 4, 0.6), (32, 32, 0.9), (4, 4, 0.0)]
 
@@ -52,6 +59,28 @@ def test_diffusion(golden, setting):
     assert g.tokens == [golden[f"{tag(setting)}/row{row}/tokens"].tolist() for row in golden.rows]
     assert g.forwards == [int(golden[f"{tag(setting)}/row{row}/nfe"]) for row in golden.rows]
     assert g.errors == [None] * 4
+
+
+WAYS = {name: experts.way(name, "cpu") for name in ("together", "in_tiles", "picked", "in_pieces")} | {
+    "triton": functools.partial(grouped, Triton(interpret=True)),
+    "megablox": functools.partial(grouped, Megablox(interpret=True)),
+}
+
+
+@pytest.mark.parametrize(
+    "way", ["in_tiles", *(pytest.param(name, marks=pytest.mark.slow) for name in WAYS if name != "in_tiles")]
+)
+def test_every_way_of_the_experts(monkeypatch, way):
+    """No token moves with the implementation that multiplies them, at one token or at many."""
+    monkeypatch.setattr(expert_parallel, "routed", WAYS[way])
+    golden, setting = golden_of("grouped-0"), SETTINGS[2]
+    model = tt.load(golden.model_folder, dtype="float32")
+    size, steps, gamma = setting
+    g = model.generate_mask_diffusion(
+        golden.prompts, 64, block_size=size, steps_per_block=steps, confidence_threshold=gamma
+    )
+    assert g.tokens == [golden[f"{tag(setting)}/row{row}/tokens"].tolist() for row in golden.rows]
+    assert model.generate_ar([golden.prompt(0)], 8).tokens == [golden["generate/ar/row0"][:8].tolist()]
 
 
 @pytest.mark.slow

@@ -17,10 +17,11 @@ import jax.numpy as jnp
 from twotower_jax.benchmark.machine import Rates
 from twotower_jax.config import ATTENTION, MAMBA, MOE, Config
 from twotower_jax.layers import time_conditioning
+from twotower_jax.layers.moe import scales_of
 from twotower_jax.state import KVCache, MambaState, empty_state
 from twotower_jax.tower import DESCRIPTIONS
 
-EXPERTS = ("up", "down")
+EXPERTS = ("up", "down", *map(scales_of, ("up", "down")))
 
 # The parameters of the last layer that has a state, without which the state after it could not be.
 FOR_STATE = {MAMBA: ("in_proj", "conv_weight", "conv_bias", "dt_bias", "a_log"), ATTENTION: ("key", "value")}
@@ -98,7 +99,7 @@ def of_pass(config: Config, tower: dict, made: Pass) -> Work:
         matrices = [c.shape(sizes[name].axes) for name in once]
         multiplied = sum(math.prod(shape) for shape in matrices if len(shape) == 2)
         if kind == MOE:
-            stacked = array_bytes([used[name] for name in EXPERTS])
+            stacked = array_bytes([used[name] for name in EXPERTS if name in used])
             total += Work(next(chosen) * stacked / c.experts)
             multiplied += c.experts_per_token * 2 * c.hidden_size * c.expert_width
         total += Work(array_bytes((layer["norm"], once)), 2 * tokens * multiplied)

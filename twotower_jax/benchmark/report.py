@@ -70,6 +70,7 @@ def measure(
         "weights": "trained" if subject.trained else "random",
         **machine.about(),
         "dtype": subject.dtype.name,
+        "experts": subject.config.expert_form,
         "pattern": subject.config.pattern,
         "parameter_bytes": sizes,
         "context": context,

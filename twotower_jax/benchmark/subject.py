@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from twotower_jax import inputs, memory, sources, two_tower
-from twotower_jax.config import Config
+from twotower_jax.config import Config, with_quantized_experts
 from twotower_jax.errors import InputError
 from twotower_jax.model import Model, load
 from twotower_jax.parameters import Parameter, flatten, initialize, parameter_bytes, unflatten
@@ -82,13 +82,14 @@ class Subject:
         return Model(self.config, self.params, self.towers)
 
 
-def find(name: str, dtype: Any, prompts: str | None = None) -> Subject:
+def find(name: str, dtype: Any, prompts: str | None = None, experts: str | None = None) -> Subject:
     """What a name stands for: of `named`, or a path to a config.json, random weights; else a model as for `load`.
 
     Args:
       name: see above.
       dtype: bfloat16 or float32.
       prompts: a file of prompts, one a line, for a model that is loaded; a shipped one has its own.
+      experts: of random weights, quantised in this form.
 
     Raises:
       InputError: there is no such model, or nothing that it could answer.
@@ -100,8 +101,12 @@ def find(name: str, dtype: Any, prompts: str | None = None) -> Subject:
         if prompts is not None:
             raise InputError(f"--prompts is for models that are loaded; {name} is a configuration, with random weights")
         config, backbone = sources.config_alone(path)
+        if experts is not None:
+            config = with_quantized_experts(config, experts)
         towers = place(Placement((0,), None if backbone else (0,)), config, two_towers=not backbone)
         return Subject(name, config, dtype, towers, two_tower.describe(config, not backbone))
+    if experts is not None:
+        raise InputError(f"--experts is for random weights; {name} is loaded as it is (twotower convert quantises)")
     folder = sources.locate(name)
     asked = _prompts(folder, prompts)
     _, backbone = sources.config_alone(folder)

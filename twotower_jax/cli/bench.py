@@ -5,6 +5,7 @@ import json
 import sys
 
 from twotower_jax.cli.options import add_json
+from twotower_jax.config import EXPERT_BITS
 from twotower_jax.errors import InputError
 
 
@@ -17,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--passes", type=float, nargs="+", default=[5.4, 16.0], metavar="P", help="random: a block's passes (5.4 16)")
     add("--prompts", metavar="FILE", help="what a loaded model is asked, a line each (a shipped one has its own)")
     add("--dtype", default="bfloat16", help="bfloat16 (default) or float32")
+    add("--experts", choices=EXPERT_BITS, help="random: quantised, as convert makes them")
     add("--one-tower-at-a-time", action="store_true", help="random: the pieces alone, where both towers do not fit")
     add("--out", metavar="FILE", help="write the results as JSON")
     add_json(parser)
@@ -44,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise InputError(f"--out {out}: " + ("it is a folder" if out.is_dir() else f"there is no folder {out.parent}"))
     keep_between_runs()
-    found = subject.find(args.model, args.dtype, args.prompts)
+    found = subject.find(args.model, args.dtype, args.prompts, args.experts)
     options = {"context": context, "new_tokens": new_tokens, "passes": passes, "apart": args.one_tower_at_a_time}
     result = report.measure(found, rows, **options, say=lambda line: print(line, file=sys.stderr, flush=True))
     print(json.dumps(result) if args.json else report.table(result), flush=True)
