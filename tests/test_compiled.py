@@ -67,7 +67,7 @@ def text(program, device):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 
     def parameter(p):
-        return here(config().shape(p.axes), jnp.float32 if p.float32 else jnp.bfloat16)
+        return here(config().shape(p.axes), p.dtype_in(jnp.bfloat16))
 
     params = jax.tree.map(parameter, two_tower.describe(config(), two_towers=True))
     state = jax.eval_shape(lambda: empty_state(config(), ROWS, CONTEXT, jnp.bfloat16))
