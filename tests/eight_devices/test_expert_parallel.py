@@ -52,7 +52,8 @@ def test_nothing_is_dropped(config, devices, router, room):
     group = place(Placement(range(devices), mesh={"expert": devices}), config, two_towers=False).context
     spec = PartitionSpec("expert")
     over = jax.shard_map(run, mesh=group.mesh, in_specs=(spec,) * 5, out_specs=spec, check_vma=False)
-    np.testing.assert_allclose(jax.jit(over)(x, chosen, weights, up, down), expected, rtol=1e-5, atol=1e-5)
+    y = jax.jit(over)(x, chosen, weights, up, down)
+    np.testing.assert_allclose(y, expected, rtol=0, atol=1e-6 * np.abs(expected).max())  # terms are large and cancel
 
 
 def test_the_way_is_chosen_by_size(config):
