@@ -80,12 +80,9 @@ def text(program, device):
 def weights_made(text, device):
     """Copies of experts' matrices; on a CPU, which brings one at a time into its cache, of more than one."""
     rows, columns = config().hidden_size, config().expert_width
+    one = rf"\[({rows},{columns}|{columns},{rows})\]"
     found = copies(text, rows, columns)
-    return (
-        [copy for copy in found if not re.search(rf"\[({rows},{columns}|{columns},{rows})\]", copy)]
-        if device.platform == "cpu"
-        else found
-    )
+    return [copy for copy in found if device.platform != "cpu" or not re.search(one, copy)]
 
 
 def spread(text):
