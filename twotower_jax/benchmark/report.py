@@ -4,11 +4,13 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from twotower_jax import memory
 from twotower_jax.benchmark import clock, decoding, limits, machine, pieces, rows
 from twotower_jax.benchmark.pieces import Setting
 from twotower_jax.benchmark.subject import Subject
 from twotower_jax.engine.sizes import capacity_of
 from twotower_jax.errors import InputError
+from twotower_jax.state import state_bytes
 
 BLOCK = 16
 MASK = 3
@@ -41,8 +43,13 @@ def measure(
     if apart and subject.trained:
         raise InputError("one tower at a time is for random weights; a loaded model has both")
     names = tuple(subject.description)
+    capacity = capacity_of(context + new_tokens)
+    needed = subject.bytes(*names[:1] if apart else names)
+    needed += state_bytes(subject.config, max(counts), capacity, subject.dtype)
+    what = f"{subject.name}{' (one tower)' * apart} with {max(counts)} rows of {capacity} tokens"
+    memory.require(0 if subject.trained else needed, subject.group.devices[0], what)
     subject.hold(*names[:1] if apart else names)
-    made = {"capacity": capacity_of(context + new_tokens), "block_size": BLOCK}
+    made = {"capacity": capacity, "block_size": BLOCK}
     read = rows.read(subject.config, subject.group, subject.params, max(counts), context, **made)
     shared = (subject.config, subject.group, subject.dtype, read)
     settings = {n: Setting(*shared, n, context, mask_id=MASK, **made) for n in counts}
@@ -63,7 +70,7 @@ def measure(
             rates += decoding.fixed(subject.model(), read, n, context, new_tokens, BLOCK, passes)
         took = {name: found.seconds.median for rows, name, _, _, found in timed if rows == n}
         rates += decoding.from_pieces(n, took, BLOCK, passes)
-    memory = machine.peak_memory()  # before that of the device's rates
+    peak = machine.peak_memory()  # before that of the device's rates
     of_device = machine.rates(subject.dtype)
     return {
         "model": subject.name,
@@ -78,7 +85,7 @@ def measure(
         "new_tokens": new_tokens,
         "one_tower_at_a_time": apart,
         "rates": dataclasses.asdict(of_device),
-        "memory": memory,
+        "memory": peak,
         "pieces": [_as_result(*found, of_device) for found in timed],
         "decoding": [dataclasses.asdict(rate) for rate in rates],
     }

@@ -14,7 +14,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("model", metavar="MODEL", help="mid, released or a config.json: random weights; or a model as for generate")
     add("--rows", type=int, nargs="+", default=[1, 8], metavar="N", help="that are written at a time (1 8)")
     add("--context", type=int, default=256, metavar="N", help="tokens that each has read (256)")
-    add("--max-new-tokens", type=int, default=64, metavar="N", help="that each writes through the engine (64)")
+    add(
+        "--max-new-tokens",
+        type=int,
+        default=64,
+        metavar="N",
+        help="that each writes, 48 or more (64)",
+    )
     add("--passes", type=float, nargs="+", default=[5.4, 16.0], metavar="P", help="random: a block's passes (5.4 16)")
     add("--prompts", metavar="FILE", help="what a loaded model is asked, a line each (a shipped one has its own)")
     add("--dtype", default="bfloat16", help="bfloat16 (default) or float32")
@@ -35,18 +41,21 @@ def run(args: argparse.Namespace) -> int:
     from twotower_jax.benchmark import report, subject
     from twotower_jax.programs import keep_between_runs
 
-    rows = [inputs.whole("--rows", n, 1, 2**16) for n in args.rows]
-    passes = [inputs.number("--passes", p, 1, report.BLOCK) for p in args.passes]
+    rows = list(dict.fromkeys(inputs.whole("--rows", n, 1, 2**16) for n in args.rows))
+    passes = list(dict.fromkeys(inputs.number("--passes", p, 1, report.BLOCK) for p in args.passes))
     new_tokens = inputs.whole("--max-new-tokens", args.max_new_tokens, 3 * report.BLOCK, 2**20)
     context = inputs.whole("--context", args.context, report.BLOCK, 2**20)
     for name, number in (("--context", context), ("--max-new-tokens", new_tokens)):
         if number % report.BLOCK:
             raise InputError(f"{name} must be a multiple of {report.BLOCK}, the block size, not {number}")
     out = None if args.out is None else sources.user_path(args.out)
-    if out is not None and (out.is_dir() or not out.parent.is_dir()):
-        raise InputError(f"--out {out}: " + ("it is a folder" if out.is_dir() else f"there is no folder {out.parent}"))
     keep_between_runs()
     found = subject.find(args.model, args.dtype, args.prompts, args.experts)
+    if out is not None:
+        try:
+            out.touch()  # rather now than after all the work
+        except OSError as error:
+            raise InputError(f"--out {out} cannot be written: {error.strerror}") from None
     options = {"context": context, "new_tokens": new_tokens, "passes": passes, "apart": args.one_tower_at_a_time}
     result = report.measure(found, rows, **options, say=lambda line: print(line, file=sys.stderr, flush=True))
     print(json.dumps(result) if args.json else report.table(result), flush=True)
