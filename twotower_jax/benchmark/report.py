@@ -46,7 +46,7 @@ def measure(
     capacity = capacity_of(context + new_tokens)
     needed = subject.bytes(*names[:1] if apart else names)
     needed += state_bytes(subject.config, max(counts), capacity, subject.dtype)
-    what = f"{subject.name}{' (one tower)' * apart} with {max(counts)} rows of {capacity} tokens"
+    what = f"{subject.name}{' (one tower)' * apart} with {max(counts)} rows of {context + new_tokens} tokens"
     memory.require(0 if subject.trained else needed, subject.group.devices[0], what)
     subject.hold(*names[:1] if apart else names)
     made = {"capacity": capacity, "block_size": BLOCK}

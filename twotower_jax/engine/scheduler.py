@@ -20,7 +20,7 @@ from twotower_jax.errors import InputError
 from twotower_jax.placement import Towers
 from twotower_jax.programs import Programs
 
-SHARE = 0.5  # of the rows that have a full block are enough for the context tower to read them
+SHARE = 0.25  # of the rows that have a full block are enough for the context tower to read them
 CANCELLED = 8  # rows that one program ends at most
 
 
