@@ -67,9 +67,8 @@ WAYS = {name: experts.way(name, "cpu") for name in ("together", "in_tiles", "pic
 }
 
 
-@pytest.mark.parametrize(
-    "way", ["in_tiles", *(pytest.param(name, marks=pytest.mark.slow) for name in WAYS if name != "in_tiles")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
 def test_every_way_of_the_experts(monkeypatch, way):
     """No token moves with the implementation that multiplies them, at one token or at many."""
     monkeypatch.setattr(expert_parallel, "routed", WAYS[way])

@@ -34,7 +34,7 @@ def choices(router, rng):
 
 @pytest.mark.parametrize("room", [None, 1, 3, 8])
 @pytest.mark.parametrize("router", ["even", "one device", "far apart"])
-@pytest.mark.parametrize("devices", [2, 4, 8])
+@pytest.mark.parametrize("devices", [*(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4)), 8])
 def test_nothing_is_dropped(config, devices, router, room):
     """By gathering (no room given), and by exchanging in rounds with room for so many tokens."""
     rng = np.random.default_rng(devices)
