@@ -114,7 +114,9 @@ def test_copies_of_a_backbone_agree(tmp_path):
 BFLOAT16_MEDIAN = {"trained-0": 0.01, "tiny-0": 0.05, "grouped-0": 0.06, "backbone-0": 0.2}
 
 
-@pytest.mark.parametrize("name", BFLOAT16_MEDIAN)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "grouped-0" else ()) for name in BFLOAT16_MEDIAN]
+)
 def test_bfloat16_logits(name, task_prompts):
     half, full = load(name, "bfloat16"), load(name)
     assert half.params["context"]["head"].dtype == jnp.bfloat16

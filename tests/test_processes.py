@@ -44,7 +44,7 @@ def ends(jobs):
 @pytest.mark.parametrize(
     "where",
     [
-        pytest.param([], id="a tower in each"),
+        pytest.param([], id="a tower in each", marks=pytest.mark.slow),
         pytest.param(
             ["--context-devices", "0,2", "--denoiser-devices", "1,3", "--mesh", "tensor=2"], id="both in both"
         ),

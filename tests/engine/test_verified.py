@@ -59,6 +59,7 @@ def test_drafts_are_accepted():
     assert sum(event.context_forwards for event in last.values()) < 0.5 * sum(map(len, expected.values()))
 
 
+@pytest.mark.slow
 def test_all_is_accepted_if_all_will_do(tiny):
     """At a probability that every token has, a pass after the first gives a whole block, the last token AR's."""
     g = tiny.model.generate_verified(tiny.prompts, 1 + 48, draft_passes=1, accept_probability=1e-30)
