@@ -4,7 +4,6 @@ A model small in depth alone, so that what is copied shows. Every check is tried
 """
 
 import functools
-import importlib.util
 import math
 import re
 
@@ -20,19 +19,17 @@ from twotower_jax.compiled_text import copies, made
 from twotower_jax.config import parse_config, read_json
 from twotower_jax.layers import expert_parallel, experts
 from twotower_jax.state import empty_state
-from twotower_jax.targets import target
+from twotower_jax.targets import missing, target
 
 ROWS, BLOCK, LENGTH, CONTEXT, VOCABULARY = 16, 16, 128, 256, 7001
-PACKAGES = {"cpu": (), "h100x1": ("jax_cuda13_plugin", "jax_cuda12_plugin"), "v5e:2x2": ("libtpu",)}
 
 
-@pytest.fixture(params=PACKAGES)
+@pytest.fixture(params=["cpu", "h100x1", "v5e:2x2"])
 def device(request):
-    packages = PACKAGES[request.param]
-    if not packages:
+    if request.param == "cpu":
         return jax.devices("cpu")[0]
-    if not any(map(importlib.util.find_spec, packages)):
-        pytest.skip(f"{packages[0]} is not installed")
+    if why := missing(request.param):
+        pytest.skip(why)
     return target(request.param).devices[0]
 
 

@@ -69,9 +69,18 @@ def target(text: str) -> Target:
     raise InputError(f"--devices {text}: known are {', '.join(kinds)}, N from 1, such as h100x2 or v5e:4x4")
 
 
+def missing(text: str) -> str:
+    """Why CPU devices would stand in for those that `text` names; empty if their compiler is installed."""
+    if ":" in text:
+        return "" if importlib.util.find_spec("libtpu") else 'libtpu is not installed (pip install ".[tpu]")'
+    if any(map(importlib.util.find_spec, ("jax_cuda13_plugin", "jax_cuda12_plugin"))):
+        return ""
+    return 'JAX\'s CUDA plugin is not installed (pip install ".[cuda]")'
+
+
 def _gpus(kind: str, count: int) -> Target:
-    if not (importlib.util.find_spec("jax_cuda13_plugin") or importlib.util.find_spec("jax_cuda12_plugin")):
-        return _stand_ins(count, GPUS[kind]["memory"], 'JAX\'s CUDA plugin is not installed (pip install ".[cuda]")')
+    if why := missing(f"{kind}x{count}"):
+        return _stand_ins(count, GPUS[kind]["memory"], why)
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # it would look for a driver
     config = HOPPER.format(**GPUS[kind])
     topology = topologies.get_topology_desc(
@@ -88,8 +97,8 @@ def _tpus(text: str, kind: str, shape: str) -> Target:
         raise InputError(
             f"--devices {text}: {kind} has {axes} axes of up to {most} chips, as in {kind}:{'x'.join('4' * axes)}"
         )
-    if not importlib.util.find_spec("libtpu"):
-        return _stand_ins(count, TPU_MEMORY[kind], 'libtpu is not installed (pip install ".[tpu]")')
+    if why := missing(text):
+        return _stand_ins(count, TPU_MEMORY[kind], why)
     for name, value in {
         "TPU_SKIP_MDS_QUERY": "1",  # there is no cloud machine to ask
         "TPU_ACCELERATOR_TYPE": "v5litepod-8",

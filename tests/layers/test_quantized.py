@@ -1,6 +1,5 @@
 """Numbers of 8 and 4 bits, and products with them."""
 
-import importlib.util
 import subprocess
 import sys
 
@@ -12,6 +11,7 @@ import pytest
 from twotower_jax.layers import experts
 from twotower_jax.layers.experts import quantized
 from twotower_jax.layers.quantized import Quantized, quantize
+from twotower_jax.targets import missing
 
 FORMS = [(8, 96), (8, 32), (4, 16), (4, 48)]  # of rows of 96 numbers
 
@@ -134,8 +134,8 @@ def test_no_copy_of_the_experts(place, bits, group):
     """Beside weights of the released shape, 5.1 GB in float32, the compiler needs activations, and few experts. In a
     process of its own, in which JAX has not looked for devices.
     """
-    if place != "cpu" and not importlib.util.find_spec("jax_cuda13_plugin"):
-        pytest.skip("needs JAX's CUDA plugin")
+    if place != "cpu" and (why := missing(place)):
+        pytest.skip(why)
     command = [sys.executable, "-c", TEMPORARIES, place, str(bits), str(group)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
