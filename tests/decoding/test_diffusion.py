@@ -69,3 +69,18 @@ def test_a_bad_row_ends_alone(tiny):
     assert block.failed.tolist() == [False, True]
     assert (block.tokens[0] != 3).all()
     assert (block.tokens[1] == 3).all()
+
+
+def test_a_row_that_waits_is_padding(tiny, monkeypatch):
+    """A row with a full block, beside others that are not yet, is given to the denoiser as no positions at all."""
+    sizes = []
+
+    def denoise(config, params, state, block, t, size):
+        sizes.append(size.tolist())
+        return jnp.zeros((*block.shape, config.vocab_size))
+
+    monkeypatch.setattr(two_tower, "denoise", denoise)
+    rules = diffusion.Diffusion(Sampler.of(0), Unmasking(np.float32(0.5), 16), 3)
+    block = masked_block(jnp.array([True, False, True]), np.array([16, 16, 5]), 16, 3)
+    diffusion.denoise_step(tiny.model.config, {}, rules, None, block, jnp.zeros((3, 16), jnp.uint32))
+    assert sizes == [[16, 0, 5]]

@@ -9,6 +9,7 @@ import pytest
 from conftest import golden_of, load
 
 from twotower_jax.layers import moe
+from twotower_jax.state import Span
 
 
 @pytest.fixture
@@ -64,3 +65,24 @@ def test_router_is_float32():
     other = moe.route(x.astype(jnp.float32), p["router"], p["correction"], model.config)
     for a, b in zip(one, other, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_padding_chooses_no_experts(config, monkeypatch):
+    """Nor is it counted: an expert that it alone would choose need not be read."""
+    given = []
+
+    def product(x, experts, weights, up, down, c):
+        given.append((np.asarray(experts), np.asarray(weights)))
+        return jnp.zeros(x.shape)
+
+    monkeypatch.setattr(moe, "routed_over_devices", product)
+    mixer = golden_of("grouped-0").model.params["context"]["tower"][f"layers_{config.pattern.index('E')}"]["mixer"]
+    x = jax.random.normal(jax.random.key(0), (2, 5, config.hidden_size))
+    span = Span(jnp.zeros(2, jnp.int32), jnp.array([5, 2]), count_experts=True)
+    _, load = moe.MoE(config).apply({"params": mixer}, x, None, span)
+    ((experts, weights),) = given
+    real = np.array([True] * 7 + [False] * 3)
+    assert (experts[real] < config.experts).all()
+    assert (experts[~real] == config.experts).all()
+    assert (weights[~real] == 0).all()
+    assert load.sum() == 7 * config.experts_per_token
