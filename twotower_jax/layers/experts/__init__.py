@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 
 from twotower_jax.errors import InputError
 from twotower_jax.layers.experts import quantized
@@ -49,9 +48,8 @@ def routed(
 ) -> jax.Array:
     """The weighted sum of the chosen experts' outputs, by the way that moves the fewest bytes for so many tokens.
 
-    On NVIDIA GPUs and TPUs kernels read the chosen experts and no others, once for a tile of tokens: at no size does
-    another way move fewer bytes or multiply less. A CPU multiplies few tokens faster with all experts in one product,
-    once most of them are chosen.
+    Everywhere the chosen experts are read and no others, once for a tile of tokens, by kernels on NVIDIA GPUs and TPUs
+    and by a loop on CPUs: at no size does another way move fewer bytes or multiply less.
 
     Args:
       x: (tokens, D).
@@ -67,15 +65,8 @@ def routed(
     if isinstance(up, Quantized):
         ways = {"cpu": in_tiles, "cuda": by_triton, "default": quantized.routed}
     else:
-        ways = {"cpu": _on_cpu, "cuda": by_triton, "tpu": by_megablox, "default": _without_kernels}
+        ways = {"cpu": in_tiles, "cuda": by_triton, "tpu": by_megablox, "default": _without_kernels}
     return jax.lax.platform_dependent(x, experts, weights, up, down, **ways)
-
-
-def _on_cpu(x, experts, weights, up, down):
-    tokens, total = x.shape[0], up.shape[0]
-    # In another dtype a CPU would have to convert all experts, as it has no product of it.
-    together_pays = x.dtype == jnp.float32 and tokens <= 32 and 2 * experts.size > total
-    return (together if together_pays else in_tiles)(x, experts, weights, up, down)
 
 
 def _without_kernels(x, experts, weights, up, down):

@@ -18,7 +18,7 @@ def picked(x, experts, weights, up, down):
 def _tile(experts: jax.Array, total: int) -> int:
     """How many choices of an expert a CPU multiplies together: about as many as there are on the mean, or one alone."""
     even = max(1, experts.size // total)
-    return 1 if 2 * experts.size <= total else min(max(16, 1 << even.bit_length() - 1), 128)
+    return 1 if 2 * experts.size <= total else min(max(8, 1 << even.bit_length() - 1), 128)
 
 
 def _matrix(stacked: jax.Array | Quantized, expert: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -39,8 +39,9 @@ def in_tiles(x, experts, weights, up, down):
             return _matrix(stacked, tiles.expert[i], x.dtype)
 
         rows = jax.lax.dynamic_slice_in_dim(inputs, tiles.start[i], size)
-        hidden = mlp.relu2(einsum("fd,td->tf", one(up), rows))
-        y = einsum("tf,fd->td", hidden, one(down), out=jnp.float32)
+        # The weights come first and nothing is transposed: what comes second is repacked.
+        hidden = mlp.relu2(einsum("fd,td->ft", one(up), rows))
+        y = einsum("ft,fd->td", hidden, one(down), out=jnp.float32)
         return jax.lax.dynamic_update_slice_in_dim(out, y, tiles.start[i], axis=0)  # what comes next overwrites padding
 
     out = jax.lax.fori_loop(0, tiles.count, turn, jnp.zeros(inputs.shape, jnp.float32))
