@@ -75,11 +75,11 @@ def text(program, device):
 
 
 def weights_made(text, device):
-    """Copies of experts' matrices; on a CPU, which brings one at a time into its cache, of more than one."""
+    """Copies of experts' matrices; on a CPU, which brings a few at a time into its cache, of more than four."""
     rows, columns = config().hidden_size, config().expert_width
-    one = rf"\[({rows},{columns}|{columns},{rows})\]"
+    few = rf"\[([1-4],)?({rows},{columns}|{columns},{rows})\]"
     found = copies(text, rows, columns)
-    return [copy for copy in found if device.platform != "cpu" or not re.search(one, copy)]
+    return [copy for copy in found if device.platform != "cpu" or not re.search(few, copy)]
 
 
 def spread(text):

@@ -15,36 +15,44 @@ def picked(x, experts, weights, up, down):
     return einsum("tkf,tkfd->td", hidden.astype(x.dtype), down[experts], out=jnp.float32)
 
 
-def _tile(experts: jax.Array, total: int) -> int:
-    """How many choices of an expert a CPU multiplies together: about as many as there are on the mean, or one alone."""
-    even = max(1, experts.size // total)
-    return 1 if 2 * experts.size <= total else min(max(8, 1 << even.bit_length() - 1), 128)
+def _sizes(experts: jax.Array, total: int) -> tuple[int, int]:
+    """How many choices of an expert a CPU multiplies together, and with how many experts at a time: several give both
+    cores and caches enough to do.
+    """
+    if 2 * experts.size <= total:
+        return 1, 2
+    even = experts.size // total
+    return (4 if even < 4 else min(max(8, 1 << even.bit_length() - 2), 64)), 4
 
 
-def _matrix(stacked: jax.Array | Quantized, expert: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """An expert's own."""
+def _matrices(stacked: jax.Array | Quantized, experts: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Experts' own."""
     # Held back, or XLA would convert all experts to float32 before the loop.
-    stacked, expert = jax.lax.optimization_barrier((stacked, expert))
-    return stacked[expert].dequantized(dtype) if isinstance(stacked, Quantized) else stacked[expert]
+    stacked, experts = jax.lax.optimization_barrier((stacked, experts))
+    return stacked[experts].dequantized(dtype) if isinstance(stacked, Quantized) else stacked[experts]
 
 
 @jax.custom_vjp
 def in_tiles(x, experts, weights, up, down):
-    """Tiles of choices of one expert, one after the other, in a loop of as many turns as there are tiles."""
-    size, choices = _tile(experts, up.shape[0]), by_expert(experts, up.shape[0])
+    """Tiles of choices of one expert, a few of them together, in a loop of as many turns as that takes."""
+    size, together = _sizes(experts, up.shape[0])
+    choices = by_expert(experts, up.shape[0])
     tiles, inputs = choices.tiles(size), _sorted(x, choices, experts.shape[1], size)
+    expert, start = (jnp.pad(z, (0, -z.size % together)) for z in (tiles.expert, tiles.start))
+    start = jnp.where(jnp.arange(start.size) < tiles.count, start, experts.size)  # of empty ones behind all
 
     def turn(i, out):
-        def one(stacked):
-            return _matrix(stacked, tiles.expert[i], x.dtype)
-
-        rows = jax.lax.dynamic_slice_in_dim(inputs, tiles.start[i], size)
+        own, places = (jax.lax.dynamic_slice_in_dim(z, i * together, together) for z in (expert, start))
+        rows = inputs[places[:, None] + jnp.arange(size)]
         # The weights come first and nothing is transposed: what comes second is repacked.
-        hidden = mlp.relu2(einsum("fd,td->ft", one(up), rows))
-        y = einsum("ft,fd->td", hidden, one(down), out=jnp.float32)
-        return jax.lax.dynamic_update_slice_in_dim(out, y, tiles.start[i], axis=0)  # what comes next overwrites padding
+        hidden = mlp.relu2(einsum("pfd,ptd->pft", _matrices(up, own, x.dtype), rows))
+        y = einsum("pft,pfd->ptd", hidden, _matrices(down, own, x.dtype), out=jnp.float32)
+        for place, tile in zip(places, y, strict=True):  # what comes next overwrites padding
+            out = jax.lax.dynamic_update_slice_in_dim(out, tile, place, axis=0)
+        return out
 
-    out = jax.lax.fori_loop(0, tiles.count, turn, jnp.zeros(inputs.shape, jnp.float32))
+    turns = -(-tiles.count // together)
+    out = jax.lax.fori_loop(0, turns, turn, jnp.zeros(inputs.shape, jnp.float32))
     return einsum("tkd,tk->td", _by_token(out, choices, experts), weights)
 
 
@@ -66,7 +74,8 @@ def _forward(*arrays):
 def _backward(arrays, dy):
     x, experts, weights, up, down = arrays
     chosen = experts.shape[1]
-    size, choices = _tile(experts, up.shape[0]), by_expert(experts, up.shape[0])
+    # Larger tiles than forward: each adds to the gradient of its expert, as large as that itself.
+    size, choices = 2 * _sizes(experts, up.shape[0])[0], by_expert(experts, up.shape[0])
     tiles = choices.tiles(size)
     inputs, upstream = (_sorted(z, choices, chosen, size) for z in (x, dy.astype(x.dtype)))
     weight = jnp.pad(weights.reshape(-1)[choices.order], (0, size))
@@ -79,7 +88,7 @@ def _backward(arrays, dy):
         def tile(z):
             return jax.lax.dynamic_slice_in_dim(z, start, size)
 
-        own_up, own_down = (_matrix(stacked, expert, x.dtype) for stacked in (up, down))
+        own_up, own_down = (_matrices(stacked, expert, x.dtype) for stacked in (up, down))
 
         rows, above = tile(inputs), jnp.where(real, tile(upstream), 0)
         before = einsum("fd,td->tf", own_up, rows)
