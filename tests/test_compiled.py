@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import DATA
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from twotower_jax import two_tower
 from twotower_jax.compiled_text import copies, made
 from twotower_jax.config import parse_config, read_json
 from twotower_jax.layers import expert_parallel, experts
+from twotower_jax.layers.linear import einsum, project
 from twotower_jax.state import empty_state
 from twotower_jax.targets import missing, target
 
@@ -96,6 +97,21 @@ def logits(text):
 @pytest.mark.parametrize("program", [ar_step, denoiser_pass])
 def test_no_weights_are_copied(device, program):
     assert not weights_made(text(program, device), device)
+
+
+def test_the_product_of_one_row_is_not_written_out():
+    """Before it is summed, as XLA for GPUs does with products of one row."""
+    if why := missing("h200x1"):
+        pytest.skip(why)
+    c, home = config(), SingleDeviceSharding(target("h200x1").devices[0])
+    row, matrix = (jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=home) for s in ((1, 3712), (3712, c.hidden_size)))
+
+    def written(product):
+        text = jax.jit(product).lower(row, matrix).compile().as_text()
+        return [dims for _, _, dims in made(text) if math.prod(dims) >= math.prod(matrix.shape)]
+
+    assert not written(project)
+    assert written(functools.partial(einsum, "td,de->te"))
 
 
 def test_prefill(device):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from twotower_jax import tower
 from twotower_jax.config import Config
 from twotower_jax.layers import attention, mamba, time_conditioning
-from twotower_jax.layers.linear import einsum
+from twotower_jax.layers.linear import project
 from twotower_jax.layers.time_conditioning import TimeConditioning
 from twotower_jax.parameters import linear, normal, prefixed
 from twotower_jax.state import KVCache, MambaState, MambaTrace, Packing, Span, TowerState, empty_state
@@ -44,7 +44,7 @@ def dtype_of(params: dict) -> jnp.dtype:
 def context_head(params: dict, hidden: jax.Array) -> jax.Array:
     """hidden (..., D) of the context tower -> logits (..., V) float32."""
     with jax.named_scope("context_head"):
-        return einsum("...d,dv->...v", hidden, params["context"]["head"], out=jnp.float32)
+        return project(hidden, params["context"]["head"], out=jnp.float32)
 
 
 def extend(
@@ -248,7 +248,7 @@ def denoise(
     """
     hidden, _ = denoiser_hidden(config, params["denoiser"], state, block, t, size=size)
     with jax.named_scope("denoiser_head"):
-        return einsum("...d,dv->...v", hidden, params["denoiser"]["head"], out=jnp.float32)
+        return project(hidden, params["denoiser"]["head"], out=jnp.float32)
 
 
 def denoiser_hidden(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from twotower_jax.config import Config
 from twotower_jax.layers.collectives import tensor_sum
-from twotower_jax.layers.linear import apart, einsum
+from twotower_jax.layers.linear import apart, einsum, project
 from twotower_jax.parameters import Parameter, declare, linear, normal
 from twotower_jax.state import KVCache, Span
 
@@ -109,17 +109,13 @@ class Attention(nn.Module):
     def __call__(self, x: jax.Array, state: KVCache, span: Span) -> tuple[jax.Array, KVCache]:
         c, p = self.config, declare(self, describe(self.config), self.config)
 
-        def project(name, heads):
-            return einsum("bld,de->ble", x, p[name]).reshape(*x.shape[:2], heads, c.head_dim)
-
+        heads = {"query": c.attention_heads, "key": c.kv_heads, "value": c.kv_heads}
         query, key, value = (
-            project("query", c.attention_heads),
-            project("key", c.kv_heads),
-            project("value", c.kv_heads),
+            project(x, p[name]).reshape(*x.shape[:2], count, c.head_dim) for name, count in heads.items()
         )
         y = attend(query, key, value, state, span).reshape(*x.shape[:2], -1)
         if span.packing is None:
             state = append(state, key, value, span)
         else:
             state = KVCache(key=key.swapaxes(1, 2), value=value.swapaxes(1, 2))
-        return tensor_sum(einsum("ble,ed->bld", y, p["out"], out=jnp.float32), c).astype(x.dtype), state
+        return tensor_sum(project(y, p["out"], out=jnp.float32), c).astype(x.dtype), state

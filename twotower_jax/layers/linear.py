@@ -22,6 +22,20 @@ def einsum(equation: str, *operands: jax.Array, out: jnp.dtype | None = None) ->
     return product.astype(out or operands[0].dtype)
 
 
+def project(x: jax.Array, weight: jax.Array, out: jnp.dtype | None = None) -> jax.Array:
+    """x (..., D) by a matrix (D, E): (..., E). See `einsum`."""
+    if x.size > x.shape[-1]:
+        return einsum("...d,de->...e", x, weight, out=out)
+    # XLA for GPUs makes a product of one row a sum over products, which it may write out, in float32: up to nine times
+    # the bytes of the matrix.
+    return jax.lax.platform_dependent(
+        x.reshape(1, -1),
+        weight,
+        cuda=lambda x, weight: einsum("rd,de->re", jnp.broadcast_to(x, (2, x.shape[1])), weight, out=out)[:1],
+        default=lambda x, weight: einsum("rd,de->re", x, weight, out=out),
+    ).reshape(*x.shape[:-1], -1)
+
+
 def apart(x: jax.Array) -> jax.Array:
     """x, in a product of its own: XLA for GPUs joins products that share an operand and, to do so, copies the others,
     be they a layer's experts or a key/value cache.

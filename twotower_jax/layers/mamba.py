@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from twotower_jax.config import Config
 from twotower_jax.layers.collectives import tensor_index, tensor_sum
-from twotower_jax.layers.linear import einsum
+from twotower_jax.layers.linear import project
 from twotower_jax.layers.norm import rms_norm
 from twotower_jax.layers.ssm import chunk, packed_scan, selective_scan
 from twotower_jax.parameters import Parameter, declare, linear, normal
@@ -98,9 +98,8 @@ class Mamba(nn.Module):
     def __call__(self, x: jax.Array, state: MambaState, span: Span) -> tuple[jax.Array, MambaState | MambaTrace]:
         c, p = self.config, declare(self, describe(self.config), self.config)
         rows, length = x.shape[:2]
-        z, xbc, dt = jnp.split(
-            einsum("bld,de->ble", x, p["in_proj"]), [c.mamba_width, c.mamba_width + c.conv_channels], axis=-1
-        )
+        parts = [c.mamba_width, c.mamba_width + c.conv_channels]
+        z, xbc, dt = jnp.split(project(x, p["in_proj"]), parts, axis=-1)
         raw = xbc
         if span.packing is None:
             xbc, tail = causal_conv(xbc, state.conv, p["conv_weight"], p.get("conv_bias"), span.count)
@@ -121,7 +120,7 @@ class Mamba(nn.Module):
         y = (y + p["skip"][:, None] * values).reshape(rows, length, c.mamba_width)
         gated = y * nn.silu(z.astype(jnp.float32))
         y = rms_norm(gated, p["norm"], c.norm_eps, c.mamba_groups, lambda means: _of_groups(means, c)).astype(x.dtype)
-        y = tensor_sum(einsum("ble,ed->bld", y, p["out_proj"], out=jnp.float32), c).astype(x.dtype)
+        y = tensor_sum(project(y, p["out_proj"], out=jnp.float32), c).astype(x.dtype)
         if span.trace:
             inputs = jnp.concatenate([state.conv, raw], axis=1)
             return y, MambaTrace(inputs=inputs, weighted=dt[..., None] * values, decay=dt * a, b=b)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from twotower_jax.config import Config
 from twotower_jax.layers.collectives import tensor_sum
-from twotower_jax.layers.linear import einsum
+from twotower_jax.layers.linear import project
 from twotower_jax.parameters import Parameter, declare, linear, normal
 from twotower_jax.state import Span
 
@@ -25,7 +25,7 @@ def relu2(x: jax.Array) -> jax.Array:
 
 def mlp(x: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
     """x (..., D), up (D, F), down (F, D) -> (..., D) float32."""
-    return einsum("...f,fd->...d", relu2(einsum("...d,df->...f", x, up)), down, out=jnp.float32)
+    return project(relu2(project(x, up)), down, out=jnp.float32)
 
 
 class MLP(nn.Module):

@@ -8,7 +8,7 @@ from twotower_jax.config import Config
 from twotower_jax.layers import mlp, quantized
 from twotower_jax.layers.collectives import tensor_sum
 from twotower_jax.layers.expert_parallel import routed_over_devices
-from twotower_jax.layers.linear import einsum
+from twotower_jax.layers.linear import project
 from twotower_jax.parameters import Parameter, declare, linear, normal
 from twotower_jax.state import ExpertLoad, Span
 
@@ -64,7 +64,7 @@ def route(x: jax.Array, router: jax.Array, correction: jax.Array, c: Config) -> 
     Returns:
       experts (tokens, k) int32 and weights (tokens, k) float32.
     """
-    scores = jax.nn.sigmoid(einsum("td,de->te", x.astype(jnp.float32), router))
+    scores = jax.nn.sigmoid(project(x.astype(jnp.float32), router))
     biased = scores + correction
     if c.expert_groups > 1:
         grouped = biased.reshape(-1, c.expert_groups, c.experts // c.expert_groups)

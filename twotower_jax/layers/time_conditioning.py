@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from twotower_jax.config import TIME_FEATURES, Config
-from twotower_jax.layers.linear import einsum
+from twotower_jax.layers.linear import project
 from twotower_jax.parameters import Parameter, declare, linear, normal
 
 
@@ -75,6 +75,6 @@ class TimeConditioning(nn.Module):
     def shared(self, p: dict[str, jax.Array], t: jax.Array) -> jax.Array:
         """The part that all layers share, (B, 3 D)."""
         dtype = p["embed_in"].dtype
-        x = einsum("bf,fd->bd", sinusoid(t, dtype).astype(dtype), p["embed_in"]) + p["embed_in_bias"]
-        x = einsum("bd,de->be", nn.silu(x), p["embed_out"]) + p["embed_out_bias"]
-        return einsum("bd,de->be", nn.silu(x), p["block"]) + p["block_bias"]
+        x = project(sinusoid(t, dtype).astype(dtype), p["embed_in"]) + p["embed_in_bias"]
+        x = project(nn.silu(x), p["embed_out"]) + p["embed_out_bias"]
+        return project(nn.silu(x), p["block"]) + p["block_bias"]

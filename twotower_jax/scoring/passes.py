@@ -10,7 +10,7 @@ from flax import struct
 from twotower_jax import two_tower
 from twotower_jax.config import Config
 from twotower_jax.decoding.vocabulary import Vocabulary
-from twotower_jax.layers.linear import einsum
+from twotower_jax.layers.linear import project
 from twotower_jax.state import KVCache, TowerState
 
 TOGETHER = 128  # positions whose logits are there at a time
@@ -78,7 +78,7 @@ def answer(config: Config, head: jax.Array, hidden: jax.Array, questions: Questi
         place, token = (
             jax.lax.dynamic_slice_in_dim(x, i * TOGETHER, TOGETHER) for x in (questions.place, questions.token)
         )
-        logits = einsum("nd,dv->nv", hidden[place], head, out=jnp.float32)
+        logits = project(hidden[place], head, out=jnp.float32)
         found = Answers(
             logprob=vocabulary.log_probability(logits, token),
             best=vocabulary.argmax(logits) == token,

@@ -12,7 +12,7 @@ from flax import struct
 
 from twotower_jax import two_tower
 from twotower_jax.config import MOE, Config
-from twotower_jax.layers.linear import einsum
+from twotower_jax.layers.linear import project
 from twotower_jax.state import Packing, TowerState
 from twotower_jax.training.config import TrainingConfig
 from twotower_jax.training.data import Batch
@@ -27,7 +27,7 @@ def losses(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> jax.Array:
     @jax.checkpoint
     def piece(inputs):
         hidden, target = inputs
-        logits = einsum("nd,dv->nv", hidden, head, out=jnp.float32)
+        logits = project(hidden, head, out=jnp.float32)
         return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
 
     size = max(1, HEAD_SCORES // head.shape[1])
