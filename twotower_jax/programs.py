@@ -118,11 +118,13 @@ class Programs:
     """Compiled programs. They are traced by who asks for them, and compiled beside one another, in threads.
 
     Attributes:
+      threads: that compile.
       compile_seconds: that were spent in tracing, and in waiting for compilers.
     """
 
     def __init__(self):
-        self._threads = ThreadPoolExecutor(min(COMPILERS, cores()))
+        self.threads = min(COMPILERS, cores())
+        self._compilers = ThreadPoolExecutor(self.threads)
         self._begun: dict[Any, _Begun] = {}
         self._running: dict[Any, Callable] = {}
         self.compile_seconds = 0.0
@@ -143,7 +145,7 @@ class Programs:
         if key not in self._begun:
             with self._waiting():
                 lowered = program.on(group, **sizes).lower(*shapes)
-                self._begun[key] = _Begun(lowered.out_info, self._threads.submit(_compiled, lowered))
+                self._begun[key] = _Begun(lowered.out_info, self._compilers.submit(_compiled, lowered))
         return self._begun[key].outputs
 
     def take(self, group: Group, program: Program, *arrays: Any, **sizes: Any) -> Compiled:
