@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import DATA
 
-from twotower_jax import cli, sources
+from twotower_jax import cli, programs, sources
 from twotower_jax.benchmark import report, subject
 from twotower_jax.benchmark.clock import Seconds
 from twotower_jax.benchmark.pieces import Timed
@@ -37,11 +37,27 @@ def check_pieces(result):
         assert {p["piece"] for p in result["pieces"] if p["rows"] == n} - {"prefill, 32 tokens"} == PIECES
 
 
+@pytest.fixture
+def compiled_late(monkeypatch):
+    """What was compiled after the first piece was begun to be timed."""
+    found, started, timed, original = [], [], report.pieces.timed, programs._compiled
+    monkeypatch.setattr(report.pieces, "timed", lambda *args: (started.append(args), timed(*args))[1])
+
+    def noted(lowered):
+        if started:
+            found.append(lowered)
+        return original(lowered)
+
+    monkeypatch.setattr(programs, "_compiled", noted)
+    return found
+
+
 @pytest.mark.slow
-def test_random_weights(capsys, hasty, small_config, tmp_path):
+def test_random_weights(capsys, hasty, small_config, tmp_path, compiled_late):
     options = ["--rows", 2, "--context", 32, "--max-new-tokens", 48, "--passes", 2, "--dtype", "float32"]
     status, out, err = run(capsys, small_config, *options, "--out", tmp_path / "out.json")
     assert status == 0, err
+    assert compiled_late == []
     result = json.loads((tmp_path / "out.json").read_text())
     assert out.splitlines() == report.table(result)
     assert result["finished"]
@@ -58,10 +74,11 @@ def test_random_weights(capsys, hasty, small_config, tmp_path):
 
 
 @pytest.mark.slow
-def test_trained_weights(capsys, hasty):
+def test_trained_weights(capsys, hasty, compiled_late):
     options = ["--rows", 2, "--context", 32, "--max-new-tokens", 48, "--dtype", "float32", "--json"]
     status, out, err = run(capsys, "demo", *options)
     assert status == 0, err
+    assert compiled_late == []
     result = json.loads(out)
     check_pieces(result)
     assert result["weights"] == "trained"
