@@ -178,6 +178,14 @@ def test_random_parameters(small_config):
     assert small.bytes("context", "denoiser") == sum(x.nbytes for x in jax.tree.leaves(small.params))
 
 
+def test_what_matters_comes_first(small):
+    """Of so many rows."""
+    setting = report.pieces.Setting(small.config, small.dtype, 2, 32, 128, 16, 3)
+    names = [piece.name for piece in report._pieces(setting, small.shapes)]
+    assert names[:2] == ["AR step", "denoiser pass"]
+    assert {*names} - {"prefill, 32 tokens"} == PIECES
+
+
 def test_named():
     """The configurations that ship; the released one is NVIDIA's."""
     assert subject.named() == ["mid", "released"]
