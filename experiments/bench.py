@@ -2,7 +2,8 @@
 
     python -m experiments.bench experiments/results/bench-mid-cpu.json
 
-Writes a picture beside the file, and `...-reference.json` with the ratios to the figures in `reference.json`.
+Writes a picture beside the file, and `...-reference.json` with the ratios to the figures in `reference.json`. Of a run
+that was stopped (`....json.new`) what is there is drawn.
 """
 
 import argparse
@@ -65,7 +66,8 @@ def draw(axes, result: dict) -> None:
     for panel in axes:
         panel.set_xticks(rows, map(str, rows))
         panel.minorticks_off()
-        panel.legend(fontsize="small")
+        if panel.lines:
+            panel.legend(fontsize="small")
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
 
@@ -79,10 +81,12 @@ def main() -> None:
     result = json.loads(file.read_text())
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     draw(axes, result)
-    figure.suptitle(f"{result['model']}, {result['dtype']}, {result['device']}")
-    figure.savefig(file.with_suffix(".png"), dpi=130)
-    print(f"written: {file.with_suffix('.png')}")
-    if (compared := against_reference(result)) is not None:
+    whole = result.get("finished", True)
+    figure.suptitle(f"{result['model']}, {result['dtype']}, {result['device']}{'' if whole else '; not finished'}")
+    picture = file.with_suffix(".png" if whole else ".new.png")
+    figure.savefig(picture, dpi=130)
+    print(f"written: {picture}")
+    if whole and (compared := against_reference(result)) is not None:
         target = file.with_name(f"{file.stem}-reference.json")
         target.write_text(json.dumps(compared, indent=1) + "\n")
         for name, entry in compared["ratios"].items():

@@ -4,7 +4,8 @@
 #     sh experiments/bench.sh cpu|h100|h200
 #
 # cpu: `mid` in float32, beside figures of NVIDIA's code. h200: the released model with random weights in bfloat16, both
-# towers on one GPU. h100: the same with experts in 8 bits, in which both fit.
+# towers on one GPU. h100: the same with experts in 8 bits, in which both fit. A run that is stopped leaves what it has
+# measured in results/bench-*.json.new, which `python -m experiments.bench` draws as well.
 set -e
 out=experiments/results
 bench() {

@@ -4,10 +4,12 @@ import contextlib
 import os
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 import twotower_jax as tt
+from twotower_jax import publishing
 from twotower_jax.publishing import LOCK, SUFFIX, absent, published
 
 
@@ -124,3 +126,21 @@ def test_paths(tmp_path, monkeypatch):
             absent(tmp_path / path)
     assert absent(tmp_path / "nope" / ".." / "y") == tmp_path / "y"
     assert names(tmp_path) == ["dangling", "file", "loop"]
+
+
+def test_a_text_is_replaced_whole(tmp_path, monkeypatch):
+    """Through a link; and where it cannot be written what was there stays, and nothing else."""
+    file, link = tmp_path / "file", tmp_path / "link"
+    link.symlink_to(file)
+    publishing.replace_text(link, "one")
+    assert (file.read_text(), link.is_symlink()) == ("one", True)
+    monkeypatch.setattr(Path, "write_text", lambda path, text: (path.touch(), Path("/nothing/here").touch()))
+    with pytest.raises(OSError, match="/nothing/here"):
+        publishing.replace_text(file, "two")
+    assert file.read_text() == "one"
+    assert set(tmp_path.iterdir()) == {file, link}
+
+
+def test_what_is_no_file_is_written_to():
+    publishing.replace_text(Path("/dev/null"), "text")
+    assert Path("/dev/null").is_char_device()

@@ -23,6 +23,7 @@ from twotower_jax.programs import Program, Programs, keep_between_runs
 from twotower_jax.scoring import pairs as scoring_pairs
 from twotower_jax.scoring.bound import Bound
 from twotower_jax.scoring.score import BY, Scores, score
+from twotower_jax.shapes import Ahead, TowersOfShapes, shapes_of
 from twotower_jax.sharding import LOGITS, ROWS
 from twotower_jax.state import state_bytes
 
@@ -95,11 +96,18 @@ class Model:
       identity: what tells the model from others; empty if it was not loaded.
     """
 
-    def __init__(self, config: Config, params: dict, towers: Towers | None = None, identity: str = ""):
+    def __init__(
+        self,
+        config: Config,
+        params: dict,
+        towers: Towers | None = None,
+        identity: str = "",
+        programs: Programs | Ahead | None = None,
+    ):
         self.config, self.params, self.identity = config, params, identity
         one_device = Placement((0,), (0,) if self.two_towers else None)
         self.towers = towers or place(one_device, config, self.two_towers)
-        self.programs = Programs()
+        self.programs = programs or Programs()
 
     @property
     def two_towers(self) -> bool:
@@ -293,21 +301,21 @@ class Model:
         return Engine(self.towers, self.programs, self.params, about=line, **made)
 
     def engine_for(self, requests: Sequence[Request], **made: Any) -> Engine:
-        """An engine of the size of some checked requests, one or more, which knows what they begin with and ask.
+        """An engine of the size of some checked requests, one or more, which knows what they begin with and ask; its
+        programs begin to compile at once.
 
         Args:
           requests: all that are to come.
           **made: other arguments of `engine`.
         """
-        read_first = [request.prompt[: request.read_first] for request in requests]
-        return self.engine(
-            longest=max(request.positions for request in requests),
-            block_size=max(request.block for request in requests),
-            waiting=len(requests),
-            kinds=functools.reduce(Kinds.including, requests, Kinds()),
-            prefix=worth_sharing(functools.reduce(common, read_first), len(requests)),
-            **made,
-        )
+        self.rehearse(requests, **made)
+        return self.engine(**_asked(requests), **made)
+
+    def rehearse(self, requests: Sequence[Request], **made: Any) -> None:
+        """Has the programs of an engine for these begin to compile, all of them, without waiting; see `engine_for`."""
+        towers, params = TowersOfShapes.like(self.towers), shapes_of(self.params)
+        shapes = Model(self.config, params, towers, programs=Ahead(self.programs))
+        shapes.engine(**_asked(requests), **made).rehearse(requests)
 
     def stream(
         self, requests: Iterable[Request], *, slots: int | None = None, mask_token_id: int = 3
@@ -428,3 +436,15 @@ class Model:
         with distributed.checked_together():
             for device in group.local_devices:
                 memory.require(needed, device, what)
+
+
+def _asked(requests: Sequence[Request]) -> dict[str, Any]:
+    """What `Model.engine` is to be told of requests, one or more."""
+    read_first = [request.prompt[: request.read_first] for request in requests]
+    return {
+        "longest": max(request.positions for request in requests),
+        "block_size": max(request.block for request in requests),
+        "waiting": len(requests),
+        "kinds": functools.reduce(Kinds.including, requests, Kinds()),
+        "prefix": worth_sharing(functools.reduce(common, read_first), len(requests)),
+    }

@@ -11,16 +11,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from twotower_jax import compiled_text, sharding, two_tower
+from twotower_jax import compiled_text, two_tower
 from twotower_jax.analyses import analysis
 from twotower_jax.config import Config
 from twotower_jax.engine.devices import Apart, Together
-from twotower_jax.engine.rows import EMPTY, Kinds, Piece, as_rows
-from twotower_jax.engine.scheduler import CANCELLED, SHARE
+from twotower_jax.engine.rows import Kinds
+from twotower_jax.engine.scheduler import SHARE, rehearse
 from twotower_jax.engine.sizes import lanes_of, piece_of
 from twotower_jax.parameters import parameter_bytes
 from twotower_jax.placement import Group, Towers
 from twotower_jax.programs import Program
+from twotower_jax.shapes import TowersOfShapes
 from twotower_jax.state import KVCache, TowerState
 
 
@@ -78,29 +79,6 @@ class Plan:
     states: dict[str, int]
     needed: dict[str, int]
     moved: dict[str, int]
-
-
-class _Shapes(Group):
-    """A group whose arrays are shapes alone."""
-
-    @classmethod
-    def like(cls, group: Group) -> "_Shapes":
-        return cls(dict(zip(group.numbers, group.devices, strict=True)), group.whole, group.shards)
-
-    def put(self, tree: Any, specs: Any) -> Any:
-        def one(x: Any, home: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=home)
-
-        return self.each(one, tree, specs)
-
-    receive = put
-
-    def parameters(self, description: dict, dtype: np.dtype) -> dict:
-        def one(p):
-            shape = jax.ShapeDtypeStruct(self.shape(p), p.dtype_in(dtype))
-            return self.put(shape, sharding.spec(p))
-
-        return jax.tree.map(one, description)
 
 
 class _Compiler:
@@ -161,23 +139,18 @@ def plan(
       say: is told of each program that is compiled.
     """
     description = two_tower.describe(config, two_towers=towers.denoiser is not None)
-    context = _Shapes.like(towers.context)
-    denoiser = _Shapes.like(towers.denoiser) if towers.split else towers.denoiser and context
-    names = {id(context): "context", id(denoiser): "denoiser"} if towers.split else {id(context): "both"}
-    if denoiser is None:
-        names = {id(context): "context"}
+    towers = TowersOfShapes.like(towers)
+    context = towers.context
+    names = {id(context): "context" if towers.split or towers.denoiser is None else "both"}
+    if towers.split:
+        names[id(towers.denoiser)] = "denoiser"
     compiler = _Compiler(names, compilers, say)
-    towers = Towers(context, denoiser)
     params = {tower: towers.of(tower).parameters(description[tower], wish.dtype) for tower in description}
     lanes, slots, bench = lanes_of(towers, wish.rows, wish.context)
     sizes = {"slots": slots, "bench": bench, "capacity": wish.context, "block_size": wish.block_size}
     sizes |= {"share": SHARE, "mask_id": 0, "prefix": 0, "what": ""}
     devices = Apart(towers, compiler, params, **sizes) if towers.split else Together(context, compiler, params, **sizes)
-    devices.feed(_piece(bench, piece_of(bench, wish.context)))
-    devices.seat(np.full(CANCELLED, EMPTY, np.int32))
-    devices.write(wish.mode, Kinds(rules=("threshold",)))
-    if towers.split:
-        devices.seat(np.full(CANCELLED, EMPTY, np.int32))  # by which the denoiser's devices follow
+    rehearse(devices, bench, piece_of(bench, wish.context), [wish.mode], Kinds(rules=("threshold",)))
     made = compiler.compiled
     weights, states, needed = {}, {}, {}
     for group in towers.groups:
@@ -199,12 +172,6 @@ def plan(
         if "read_apart" in compiler.outputs:
             moved = _moved(*compiler.outputs["read_apart"], wish.block_size)
     return Plan(made, weights, states, needed, moved)
-
-
-def _piece(bench: int, width: int) -> Piece:
-    none = np.zeros(bench, bool)
-    tokens, count = np.zeros((bench, width), np.int32), np.zeros(bench, np.int32)
-    return Piece(as_rows([None] * bench, [EMPTY] * bench), none, none, tokens, count, none)
 
 
 def _moved(slots: Any, rows: Any, news: TowerState, block_size: int) -> dict[str, int]:

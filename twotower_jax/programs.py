@@ -1,4 +1,4 @@
-"""A program that all devices of a tower run, and the cache of those that are compiled."""
+"""A program that all devices of a tower run, and the cache of those that are compiled, several at a time."""
 
 import contextlib
 import dataclasses
@@ -7,7 +7,8 @@ import os
 import platform
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import jax
 
 from twotower_jax import distributed, memory
 from twotower_jax.placement import Group
+
+COMPILERS = 8  # threads at most: one needs gigabytes for a large model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,16 +83,82 @@ def _this_cpu() -> str:
     return f"{platform.machine()} {platform.processor()}"
 
 
-class Programs:
-    """Compiled programs.
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A compiled program.
 
     Attributes:
-      compile_seconds: spent so far.
+      call: takes the arrays.
+      seconds: that it took to compile, in its thread.
+    """
+
+    call: jax.stages.Compiled
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class _Begun:
+    """A program that is compiled, or will be.
+
+    Attributes:
+      outputs: their shapes.
+      compiled: is waited for.
+    """
+
+    outputs: Any
+    compiled: Future[Compiled]
+
+
+class Programs:
+    """Compiled programs. They are traced by who asks for them, and compiled beside one another, in threads.
+
+    Attributes:
+      threads: that compile.
+      compile_seconds: that were spent in tracing, and in waiting for compilers.
     """
 
     def __init__(self):
-        self._compiled: dict[Any, Callable] = {}
+        self.threads = min(COMPILERS, cores())
+        self._compilers = ThreadPoolExecutor(self.threads)
+        self._begun: dict[Any, _Begun] = {}
+        self._running: dict[Any, Callable] = {}
         self.compile_seconds = 0.0
+
+    def ahead(self, group: Group, program: Program, *shapes: Any, **sizes: Any) -> Any:
+        """Begins to compile what will be asked for, and does not wait for it.
+
+        Args:
+          group: the devices.
+          program: what they do.
+          *shapes: of the arrays, with shardings.
+          **sizes: what else the program is compiled for.
+
+        Returns:
+          the shapes of what it gives.
+        """
+        key = _key(group, program, shapes, sizes)
+        if key not in self._begun:
+            with self._waiting():
+                lowered = program.on(group, **sizes).lower(*shapes)
+                self._begun[key] = _Begun(lowered.out_info, self._compilers.submit(_compiled, lowered))
+        return self._begun[key].outputs
+
+    def take(self, group: Group, program: Program, *arrays: Any, **sizes: Any) -> Compiled:
+        """A program, compiled now unless it was begun before; arguments as for `ahead`."""
+        self.ahead(group, program, *arrays, **sizes)
+        with self._waiting():
+            return self._begun[_key(group, program, arrays, sizes)].compiled.result()
+
+    def finish(self) -> None:
+        """Waits until nothing is being compiled."""
+        with self._waiting():
+            for begun in self._begun.values():
+                begun.compiled.result()
 
     def run(self, group: Group, program: Program, *arrays: Any, what: str, **sizes: Any) -> Any:
         """Starts a program on a group's devices; it is compiled once for arrays of these shapes and for these sizes.
@@ -104,17 +173,43 @@ class Programs:
         Raises:
           InputError: its temporaries do not fit.
         """
-        leaves, structure = jax.tree.flatten(arrays)
-        shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-        key = (id(group), program.function, tuple(sizes.items()), structure, shapes)
-        if key not in self._compiled:
-            start = time.perf_counter()
-            compiled = program.on(group, **sizes).lower(*arrays).compile()
+        key = _key(group, program, arrays, sizes)
+        if key not in self._running:
+            compiled = self.take(group, program, *arrays, **sizes).call
             if (analysis := compiled.memory_analysis()) is not None:
                 needed = analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
                 with distributed.checked_together():
                     for device in group.local_devices:
                         memory.require(needed, device, what)
-            self._compiled[key] = compiled
+            self._running[key] = compiled
+        return self._running[key](*arrays)
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Counts the seconds; after an error, or Ctrl-C, what has not begun to compile is not compiled."""
+        start = time.perf_counter()
+        try:
+            yield
+        except BaseException:
+            self._begun = {
+                key: begun for key, begun in self._begun.items() if not (begun.compiled.cancel() or _failed(begun))
+            }
+            raise
+        finally:
             self.compile_seconds += time.perf_counter() - start
-        return self._compiled[key](*arrays)
+
+
+def _key(group: Group, program: Program, arrays: tuple, sizes: dict[str, Any]) -> Any:
+    leaves, structure = jax.tree.flatten(arrays)
+    shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+    return group.mesh, group.config, program.function, tuple(sizes.items()), structure, shapes
+
+
+def _compiled(lowered: jax.stages.Lowered) -> Compiled:
+    start = time.perf_counter()
+    call = lowered.compile()
+    return Compiled(call, time.perf_counter() - start)
+
+
+def _failed(begun: _Begun) -> bool:
+    return begun.compiled.done() and begun.compiled.exception() is not None

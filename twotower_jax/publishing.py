@@ -1,4 +1,4 @@
-"""A folder that appears under its name when it is whole, and not before."""
+"""A folder, or a file, that appears under its name when it is whole, and not before."""
 
 import contextlib
 import fcntl
@@ -79,6 +79,24 @@ def published(target: Path, replace: bool = False) -> Iterator[Path]:
             with contextlib.suppress(OSError):  # not empty: another's
                 parent.rmdir()
         raise
+
+
+def replace_text(target: Path, text: str) -> None:
+    """Writes a file that is, whenever it is looked at or the process ends, what it was or all of the text.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    target = target.resolve()
+    if target.exists() and not target.is_file():  # a terminal, a pipe
+        target.write_text(text)
+        return
+    unfinished = target.with_name(f".{target.name[:40]}.{secrets.token_hex(4)}{SUFFIX}")
+    try:
+        unfinished.write_text(text)
+        unfinished.replace(target)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def lock(file: IO[str]) -> None:

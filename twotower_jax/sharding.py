@@ -6,6 +6,7 @@ over the devices ends the layer (arXiv 1909.08053). What no rule names lies whol
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 
@@ -134,6 +135,7 @@ def held(axis: str, whole: Config, mesh_axis: str | None, device: int, shards: i
     return tuple(part(0, size))
 
 
+@functools.cache
 def specs(config: Config, *towers: str) -> dict:
     """The mesh axes of the parameters of some towers."""
     return jax.tree.map(spec, {name: two_tower.describe(config, True)[name] for name in towers})

@@ -10,7 +10,7 @@ from conftest import DATA
 from twotower_jax.benchmark import clock, decoding, machine, rows, subject
 from twotower_jax.parameters import initialize
 
-ROWS, CONTEXT, CAPACITY, SIZE = 3, 32, 128, 16
+ROWS, CONTEXT, CAPACITY, SIZE, MASK = 3, 32, 128, 16, 3
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +32,11 @@ def small(small_config) -> subject.Subject:
 
 @pytest.fixture(scope="session")
 def small_rows(small) -> rows.ReadRows:
-    return rows.read(small.config, small.group, small.params, ROWS, CONTEXT, CAPACITY, SIZE)
+    return reader(small).read(small.params, ROWS, CONTEXT)
+
+
+def reader(small) -> rows.Reader:
+    return rows.Reader(small.programs, small.config, small.group, CAPACITY, SIZE, MASK)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """The command: what it says is in the JSON, for random and trained weights; bad input in one line."""
 
+import dataclasses
 import json
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import DATA
 
-from twotower_jax import cli, sources
+from twotower_jax import cli, programs, sources
 from twotower_jax.benchmark import report, subject
 from twotower_jax.benchmark.clock import Seconds
 from twotower_jax.benchmark.pieces import Timed
@@ -36,13 +37,31 @@ def check_pieces(result):
         assert {p["piece"] for p in result["pieces"] if p["rows"] == n} - {"prefill, 32 tokens"} == PIECES
 
 
+@pytest.fixture
+def compiled_late(monkeypatch):
+    """What was compiled after the first piece was begun to be timed."""
+    found, started, timed, original = [], [], report.pieces.timed, programs._compiled
+    monkeypatch.setattr(report.pieces, "timed", lambda *args: (started.append(args), timed(*args))[1])
+
+    def noted(lowered):
+        if started:
+            found.append(lowered)
+        return original(lowered)
+
+    monkeypatch.setattr(programs, "_compiled", noted)
+    return found
+
+
 @pytest.mark.slow
-def test_random_weights(capsys, hasty, small_config, tmp_path):
+def test_random_weights(capsys, hasty, small_config, tmp_path, compiled_late):
     options = ["--rows", 2, "--context", 32, "--max-new-tokens", 48, "--passes", 2, "--dtype", "float32"]
     status, out, err = run(capsys, small_config, *options, "--out", tmp_path / "out.json")
     assert status == 0, err
+    assert compiled_late == []
     result = json.loads((tmp_path / "out.json").read_text())
-    assert out.strip() == report.table(result)
+    assert out.splitlines() == report.table(result)
+    assert result["finished"]
+    assert result["compile_seconds"] > max(piece["compile_seconds"] for piece in result["pieces"])
     check_pieces(result)
     assert result["weights"] == "random"
     assert (result["dtype"], result["context"], result["device"]) == ("float32", 32, jax.devices()[0].device_kind)
@@ -55,10 +74,11 @@ def test_random_weights(capsys, hasty, small_config, tmp_path):
 
 
 @pytest.mark.slow
-def test_trained_weights(capsys, hasty):
+def test_trained_weights(capsys, hasty, compiled_late):
     options = ["--rows", 2, "--context", 32, "--max-new-tokens", 48, "--dtype", "float32", "--json"]
     status, out, err = run(capsys, "demo", *options)
     assert status == 0, err
+    assert compiled_late == []
     result = json.loads(out)
     check_pieces(result)
     assert result["weights"] == "trained"
@@ -68,27 +88,45 @@ def test_trained_weights(capsys, hasty):
     assert found["diffusion"]["tokens_per_forward"] > 2
 
 
-def test_one_tower_at_a_time(capsys, hasty, small, small_config, small_rows, monkeypatch):
-    """Never both are there, all pieces are timed, and what the engine would do is derived."""
-    held, tower = [], {}
-    original = subject.Subject.hold
-    monkeypatch.setattr(subject.Subject, "hold", lambda self, *names: held.append(names) or original(self, *names))
-    monkeypatch.setattr(report.rows, "read", lambda *args, **sizes: small_rows)
-    monkeypatch.setattr(report.rows, "denoised", lambda *args: small_rows.token_choices)
+@pytest.fixture
+def unmeasured(small, small_rows, monkeypatch):
+    """Nothing is compiled or timed, and the small model's weights and rows are used: unmeasured(piece), of each."""
 
     def made(description, *about):
         return {name: jax.tree.map(jnp.copy, small.params[name]) for name in description}
 
+    def prepare(piece):
+        def timed(one, given, programs, group, params):
+            piece(one, params)
+            return Timed(Seconds(2.0, 1.0), 3.0, 4)
+
+        monkeypatch.setattr(report.pieces, "timed", timed)
+
     monkeypatch.setattr(subject, "random_parameters", made)
+    monkeypatch.setattr(report.pieces, "begin", lambda *args: None)
+    monkeypatch.setattr(report.rows.Reader, "begin", lambda *args: None)
+    monkeypatch.setattr(report.rows.Reader, "read", lambda *args: small_rows)
+    choices = small_rows.token_choices
+    denoised = dataclasses.replace(small_rows, pass_choices=choices)
+    monkeypatch.setattr(report.rows.Reader, "denoised", lambda *args: denoised)
+    return prepare
 
-    def timed(piece, group, params):
+
+ALONE = ["--context", 32, "--max-new-tokens", 48, "--one-tower-at-a-time"]
+
+
+def test_one_tower_at_a_time(capsys, hasty, small_config, unmeasured, monkeypatch):
+    """Never both are there, all pieces are timed, and what the engine would do is derived."""
+    held, tower = [], {}
+    original = subject.Subject.hold
+    monkeypatch.setattr(subject.Subject, "hold", lambda self, *names: held.append(names) or original(self, *names))
+
+    def piece(one, params):
         assert len(params) == 1
-        tower[piece.name] = piece.tower
-        return Timed(Seconds(2.0, 1.0), 3.0, 4)
+        tower[one.name] = one.tower
 
-    monkeypatch.setattr(report.pieces, "timed", timed)
-    options = ["--rows", 1, "--context", 32, "--max-new-tokens", 48, "--one-tower-at-a-time"]
-    status, out, err = run(capsys, small_config, *options, "--json")
+    unmeasured(piece)
+    status, out, err = run(capsys, small_config, "--rows", 1, *ALONE, "--json")
     assert status == 0, err
     assert held == [("context",), ("context",), ("denoiser",)]
     result = json.loads(out)
@@ -97,8 +135,31 @@ def test_one_tower_at_a_time(capsys, hasty, small, small_config, small_rows, mon
     assert tower["commit"] == "context"
     assert {rate["source"] for rate in result["decoding"]} == {"pieces"}
     assert {rate["tokens_per_second"] for rate in result["decoding"] if rate["mode"] == "ar"} == {0.5}
-    lines = report.table(result).splitlines()
-    assert sum("2000.000" in line for line in lines) == len(result["pieces"])
+    assert sum("2000.000" in line for line in report.table(result)) == len(result["pieces"])
+
+
+def test_a_run_that_is_stopped(capsys, hasty, small_config, unmeasured, tmp_path):
+    """What was timed is printed and in the file, and what is printed never changes."""
+    file, seen = tmp_path / "out.json", []
+
+    def piece(one, params):
+        seen.append(json.loads(file.read_text()))
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+
+    unmeasured(piece)
+    status, out, err = run(capsys, small_config, "--rows", 1, 2, *ALONE, "--out", file)
+    assert status == 130
+    assert err.endswith("twotower: interrupted\n")
+    assert [len(result["pieces"]) for result in seen] == [0, 1, 2, 3]
+    left = json.loads(file.read_text())
+    assert left == seen[-1]
+    assert not left["finished"]
+    assert out.splitlines() == report.table(left)
+    for result in seen:
+        table = report.table(result)
+        assert out.splitlines()[: len(table)] == table
+    assert list(tmp_path.iterdir()) == [file]
 
 
 @pytest.mark.slow
@@ -115,6 +176,14 @@ def test_random_parameters(small_config):
         found = jax.tree.map(lambda x: x.shape, small.params[name])
         assert shapes == found
     assert small.bytes("context", "denoiser") == sum(x.nbytes for x in jax.tree.leaves(small.params))
+
+
+def test_what_matters_comes_first(small):
+    """Of so many rows."""
+    setting = report.pieces.Setting(small.config, small.dtype, 2, 32, 128, 16, 3)
+    names = [piece.name for piece in report._pieces(setting, small.shapes)]
+    assert names[:2] == ["AR step", "denoiser pass"]
+    assert {*names} - {"prefill, 32 tokens"} == PIECES
 
 
 def test_named():

@@ -43,7 +43,11 @@ def test_a_row_that_fails():
 
 def test_passes(small, small_rows, hasty):
     """A schedule takes exactly the passes that it is named for, on the mean over all blocks and rows."""
-    found = decoding.fixed(small.model(), small_rows, 2, 32, 48, 16, [1.0, 5.4, 16.0])
+    asked = decoding.Fixed(2, small_rows.tokens[:, :32], 48, 16, [1.0, 5.4, 16.0])
+    asked.begin(small.model())
+    begun = set(small.programs._begun)
+    found = list(asked.rates(small.model()))
+    assert set(small.programs._begun) == begun  # everything was known ahead
     by_schedule = {rate.schedule: rate for rate in found}
     assert set(by_schedule) == {"a token a pass", *(f"{n} passes a block" for n in ("1", "5", "5.4", "6", "16"))}
     for n in (1, 5, 6, 16):

@@ -47,7 +47,8 @@ def test_as_in_a_batch(small, small_rows):
 @pytest.mark.slow
 def test_denoised(small, small_rows):
     c, params = small.config, small.params
-    found = rows.denoised(c, small.group, params, small_rows, SIZE, MASK)
+    reader = rows.Reader(small.programs, c, small.group, CAPACITY, SIZE, MASK)
+    found = reader.denoised(params, small_rows).pass_choices
     assert found.shape == (3, SIZE, 1, c.experts)
     block = masked_block(jnp.ones(3, bool), jnp.full(3, SIZE), SIZE, MASK)
 

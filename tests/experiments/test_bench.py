@@ -1,7 +1,10 @@
 """The comparison with NVIDIA's figures: of the right runs alone."""
 
+import json
+
 import pytest
 
+from experiments import bench
 from experiments.bench import ALIKE, REFERENCE, against_reference
 
 
@@ -36,3 +39,15 @@ def test_what_is_not_alike_is_not_compared():
     fewer = result(2)
     fewer["decoding"] = [rate | {"passes_per_block": 5.0} for rate in fewer["decoding"]]
     assert against_reference(fewer) is None
+
+
+@pytest.mark.parametrize("pieces", [0, 1])
+def test_what_is_not_finished_is_drawn(pieces, tmp_path, monkeypatch):
+    """As far as it is there, beside its file, under another name than the whole one's; and it is not compared."""
+    pytest.importorskip("matplotlib").use("agg")
+    piece = {"rows": 2, "piece": "AR step", "share_of_limit": 0.5}
+    file = tmp_path / "bench-mid-cpu.json.new"
+    file.write_text(json.dumps(result(2, decoding=[], pieces=[piece] * pieces, finished=False)))
+    monkeypatch.setattr("sys.argv", ["bench", str(file)])
+    bench.main()
+    assert {path.name for path in tmp_path.iterdir()} == {file.name, "bench-mid-cpu.json.new.png"}

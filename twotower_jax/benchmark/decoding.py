@@ -10,12 +10,10 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from twotower_jax.benchmark.pieces import NEVER
-from twotower_jax.benchmark.rows import ReadRows
 from twotower_jax.engine.request import Request, counted
-from twotower_jax.engine.rows import Kinds
 from twotower_jax.engine.scheduler import Engine
 from twotower_jax.errors import InputError
 from twotower_jax.model import Model
@@ -97,48 +95,65 @@ def run(
     return Run(clock() - start, sum(written.values()), sum(forwards.values()), ended - begun)
 
 
-def fixed(
-    model: Model, read: ReadRows, rows: int, context: int, new_tokens: int, block_size: int, passes: Sequence[float]
-) -> list[Rate]:
+@dataclasses.dataclass(frozen=True)
+class Fixed:
     """AR and diffusion of random weights.
 
-    Args:
-      model: both towers, or a backbone.
-      read: rows, whose tokens are the prompts.
+    Attributes:
       rows: that are written at a time, all of them together.
-      context: tokens of a prompt.
+      prompts: (rows or more, L) token ids.
       new_tokens: of each row, a multiple of the block size, three blocks or more: neither the first nor the last, which
         is never committed, is timed.
       block_size: S.
       passes: a block, from 1 to S.
     """
-    prompts = read.tokens[:rows, :context]
-    first, last = block_size, new_tokens - block_size
 
-    def runs(mode: str, steps: int = 1) -> list[Run]:
-        asked = {"mode": mode, "max_new_tokens": new_tokens, "block_size": block_size, "steps_per_block": steps}
-        made = (Request(i, p, confidence_threshold=NEVER, row=i, **asked) for i, p in enumerate(prompts))
-        requests = [request.checked(model.config.vocab_size, model.two_towers) for request in made]
-        sizes = {"longest": context + new_tokens, "block_size": block_size, "waiting": rows, "slots": rows}
-        sizes |= {"kinds": Kinds().including(requests[0])}
-        return [run(model.engine(**sizes), requests, first, last) for _ in range(1 + RUNS)][1:]
+    rows: int
+    prompts: Sequence[Sequence[int]]
+    new_tokens: int
+    block_size: int
+    passes: Sequence[float]
 
-    def summed(made: Sequence[Run]) -> dict[str, float]:
-        rates = [rows * (last - first) / one.between for one in made]
+    def begin(self, model: Model) -> None:
+        """Has all programs begin to compile."""
+        for mode in ("ar", "diffusion") if model.two_towers else ("ar",):
+            model.rehearse(self._requests(model, mode), slots=self.rows)
+
+    def rates(self, model: Model) -> Iterator[Rate]:
+        """As they are measured; of both towers, or of a backbone."""
+        yield Rate(self.rows, "ar", "a token a pass", "engine", **self._summed(self._runs(model, "ar")))
+        if not model.two_towers:
+            return
+        by_passes = {}
+        for n in sorted({n for p in self.passes for n in (math.floor(p), math.ceil(p))}):
+            made = self._runs(model, "diffusion", n)
+            taken = made[0].forwards / (made[0].tokens / self.block_size)
+            about = self._summed(made) | {"passes_per_block": taken}
+            by_passes[n] = Rate(self.rows, "diffusion", f"{n} passes a block", "engine", **about)
+            yield by_passes[n]
+        for p in self.passes:
+            if p not in by_passes:
+                yield between(p, by_passes)
+
+    def _requests(self, model: Model, mode: str, steps: int = 1) -> list[Request]:
+        asked = {"mode": mode, "max_new_tokens": self.new_tokens, "block_size": self.block_size}
+        asked |= {"steps_per_block": steps, "confidence_threshold": NEVER}
+        made = (Request(i, p, row=i, **asked) for i, p in enumerate(self.prompts[: self.rows]))
+        return [request.checked(model.config.vocab_size, model.two_towers) for request in made]
+
+    @property
+    def _timed(self) -> tuple[int, int]:
+        """The first token, and the last."""
+        return self.block_size, self.new_tokens - self.block_size
+
+    def _runs(self, model: Model, mode: str, steps: int = 1) -> list[Run]:
+        return runs(model, self._requests(model, mode, steps), self.rows, *self._timed)
+
+    def _summed(self, made: Sequence[Run]) -> dict[str, float]:
+        first, last = self._timed
+        rates = [self.rows * (last - first) / one.between for one in made]
         whole = statistics.median(one.tokens / one.seconds for one in made)
         return {"tokens_per_second": statistics.median(rates), "best": max(rates), "with_prompts": whole}
-
-    found = [Rate(rows, "ar", "a token a pass", "engine", **summed(runs("ar")))]
-    if not model.two_towers:
-        return found
-    whole = sorted({n for p in passes for n in (math.floor(p), math.ceil(p))})
-    by_passes = {}
-    for n in whole:
-        made = runs("diffusion", n)
-        taken = made[0].forwards / (made[0].tokens / block_size)
-        about = summed(made) | {"passes_per_block": taken}
-        by_passes[n] = Rate(rows, "diffusion", f"{n} passes a block", "engine", **about)
-    return found + [*by_passes.values()] + [between(p, by_passes) for p in passes if p not in by_passes]
 
 
 def between(passes: float, measured: dict[int, Rate]) -> Rate:
@@ -182,29 +197,48 @@ def from_pieces(rows: int, seconds: dict[str, float], block_size: int, passes: S
     return [*found, Rate(rows, "verified", schedule, "pieces", rate, passes_per_block=1)]
 
 
-def trained(model: Model, prompts: Sequence[Sequence[int]], rows: int, new_tokens: int) -> list[Rate]:
-    """Of a trained model that answers prompts, `ANSWERS` times as many as rows, by the default rules.
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A trained model that answers prompts, `ANSWERS` times as many as rows, by the default rules.
 
-    Args:
-      model: both towers, or a backbone.
-      prompts: token ids.
+    Attributes:
       rows: that are written at a time.
+      prompts: token ids.
       new_tokens: of an answer at most.
     """
-    found = []
-    asked = list(itertools.islice(itertools.cycle(prompts), ANSWERS * rows))
-    for mode in ("ar", "diffusion", "verified") if model.two_towers else ("ar",):
-        made = (
-            Request(i, p, mode, max_new_tokens=new_tokens, eos_token_id=model.config.eos_token_ids)
-            for i, p in enumerate(asked)
-        )
-        requests = [request.checked(model.config.vocab_size, model.two_towers) for request in made]
-        runs = [run(model.engine_for(requests, slots=rows), requests) for _ in range(1 + RUNS)][1:]
-        rates = [one.tokens / one.seconds for one in runs]
-        schedule = {"ar": "a token a pass", "diffusion": "threshold 0.8", "verified": "as many passes as pay"}[mode]
-        per_forward = runs[0].tokens / runs[0].forwards
-        best, middle = max(rates), statistics.median(rates)
-        found.append(
-            Rate(rows, mode, schedule, "engine", middle, best, with_prompts=middle, tokens_per_forward=per_forward)
-        )
-    return found
+
+    rows: int
+    prompts: Sequence[Sequence[int]]
+    new_tokens: int
+
+    def begin(self, model: Model) -> None:
+        """Has all programs begin to compile."""
+        for requests in self._requests(model):
+            model.rehearse(requests, slots=self.rows)
+
+    def rates(self, model: Model) -> Iterator[Rate]:
+        """As they are measured; of both towers, or of a backbone."""
+        for requests in self._requests(model):
+            mode, made = requests[0].mode, runs(model, requests, self.rows)
+            rates = [one.tokens / one.seconds for one in made]
+            schedule = {"ar": "a token a pass", "diffusion": "threshold 0.8", "verified": "as many passes as pay"}[mode]
+            best, middle = max(rates), statistics.median(rates)
+            about = {"with_prompts": middle, "tokens_per_forward": made[0].tokens / made[0].forwards}
+            yield Rate(self.rows, mode, schedule, "engine", middle, best, **about)
+
+    def _requests(self, model: Model) -> Iterator[list[Request]]:
+        """Of each mode."""
+        asked = list(itertools.islice(itertools.cycle(self.prompts), ANSWERS * self.rows))
+        ends = {"max_new_tokens": self.new_tokens, "eos_token_id": model.config.eos_token_ids}
+        for mode in ("ar", "diffusion", "verified") if model.two_towers else ("ar",):
+            made = (Request(i, p, mode, **ends) for i, p in enumerate(asked))
+            yield [request.checked(model.config.vocab_size, model.two_towers) for request in made]
+
+
+def runs(model: Model, requests: Sequence[Request], rows: int, first: int = 0, last: int = 0) -> list[Run]:
+    """`RUNS` runs, after one that is not counted, in which what was not begun before is compiled."""
+    made = []
+    for _ in range(1 + RUNS):
+        made.append(run(model.engine_for(requests, slots=rows), requests, first, last))
+        model.programs.finish()
+    return made[1:]

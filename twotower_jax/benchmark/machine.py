@@ -2,7 +2,6 @@
 
 import dataclasses
 import datetime
-import os
 import platform
 import resource
 import sys
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 
 from twotower_jax.benchmark.clock import seconds
 from twotower_jax.layers.linear import einsum
+from twotower_jax.programs import cores
 
 COLUMNS = 4096
 CPU_ARRAY, OTHER_ARRAY = 2**29, 2**32  # bytes: far more than any cache holds
@@ -93,14 +93,21 @@ def about() -> dict[str, Any]:
         "jaxlib": version("jaxlib"),
         "platform": device.platform,
         "device": device.device_kind,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
     }
 
 
-def peak_memory() -> dict[str, Any]:
-    """The most that was used so far: of the device's memory, or of the process's where the device does not say."""
+def peak_memory(before: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The most that was used so far: of the device's memory, or of the process's where the device does not say.
+
+    Args:
+      before: what it was before the work that is meant; the device tells the most ever alone, so that "exact" says
+        whether the work took more.
+    """
     statistics = jax.devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in statistics:
-        return {"peak_bytes": statistics["peak_bytes_in_use"], "of": "device"}
-    unit = 1 if sys.platform == "darwin" else 1024
-    return {"peak_bytes": unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, "of": "process"}
+        peak, of = statistics["peak_bytes_in_use"], "device"
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak, of = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, "process"
+    return {"peak_bytes": peak, "of": of, "exact": before is None or peak > before["peak_bytes"]}

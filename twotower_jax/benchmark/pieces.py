@@ -5,7 +5,7 @@ same length.
 """
 
 import dataclasses
-import time
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -29,7 +29,8 @@ from twotower_jax.engine.request import Request
 from twotower_jax.engine.rows import Kinds, Slots, as_rows, empty_slots
 from twotower_jax.engine.sizes import piece_of
 from twotower_jax.placement import Group
-from twotower_jax.programs import Program
+from twotower_jax.programs import Program, Programs
+from twotower_jax.shapes import Shapes
 from twotower_jax.sharding import WHOLE
 
 GREEDY, THRESHOLD = Kinds(), Kinds(rules=("threshold",))
@@ -38,30 +39,59 @@ FOREVER = 2**20  # tokens: no row ends in a benchmark
 
 
 @dataclasses.dataclass(frozen=True)
+class Given:
+    """What a piece is timed on.
+
+    Attributes:
+      kept: what it gives back.
+      arrays: the others.
+      work: of doing it once.
+      experts: different experts of a layer that are read, the mean over the layers; None if none are.
+    """
+
+    kept: Any
+    arrays: tuple
+    work: Work
+    experts: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Piece:
     """A program that is timed.
 
     Attributes:
       name: in the table.
+      rows: B.
       tower: whose parameters it takes, or None.
       function: called with dimensions, parameters, what it gives back (donated), other arrays, and sizes; gives what it
         gives back and the rest of what it made, all of it, so that no work is left out.
-      kept: what it gives back.
-      arrays, sizes: the others.
+      shapes: of what it gives back, and of the other arrays.
+      given: makes them, on the host, of rows that were read.
+      sizes: what else it is compiled for.
       count: how often a call does what is timed.
-      work: of doing it once.
-      experts: different experts of a layer that are read, the mean over the layers; None if none are.
     """
 
     name: str
+    rows: int
     tower: str | None
     function: Callable
-    kept: Any
-    arrays: tuple
-    sizes: dict[str, Any]
-    work: Work
+    shapes: tuple
+    given: Callable[[ReadRows], Given]
+    sizes: dict[str, Any] = dataclasses.field(default_factory=dict)
     count: int = 1
-    experts: float | None = None
+
+    @property
+    def program(self) -> Program:
+        return Program(self.function, (WHOLE,) * (1 + len(self.shapes)), (WHOLE, WHOLE), donated=(1,))
+
+    @property
+    def home(self) -> str:
+        """The tower that must be there; for what needs none, the context's."""
+        return self.tower or "context"
+
+    def own(self, params: dict) -> dict:
+        """Those parameters, of all or their shapes, that it takes."""
+        return {self.tower: params[self.tower]} if self.tower else {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +100,7 @@ class Timed:
 
     Attributes:
       seconds: of doing it once.
-      compile_seconds: of its program.
+      compile_seconds: of its program, beside others.
       temporary_bytes: that its program needs beside what it takes and gives; None where the compiler does not say.
     """
 
@@ -84,8 +114,7 @@ class Setting:
     """Rows at a stated length.
 
     Attributes:
-      config, group, dtype: the model's dimensions, its device, and what it computes in.
-      read: all rows that were read, of which the first `rows` are taken.
+      config, dtype: the model's dimensions, and what it computes in.
       rows: B.
       context: tokens that each has read.
       capacity: positions of a row's state.
@@ -94,31 +123,32 @@ class Setting:
     """
 
     config: Config
-    group: Group
     dtype: np.dtype
-    read: ReadRows
     rows: int
     context: int
     capacity: int
     block_size: int
     mask_id: int
 
-    def slots(self, mode: str, length: int | None = None) -> Slots:
+    def empty(self) -> Slots:
+        """The shapes of the rows."""
+        sizes = self.rows, self.capacity, self.block_size, self.dtype
+        return jax.eval_shape(lambda: empty_slots(self.config, *sizes))
+
+    def slots(self, read: ReadRows, mode: str, length: int | None = None) -> Slots:
         """Rows of a mode that are being written, on the host; as long as they have read, unless it is said."""
         asked = {"mode": mode, "max_new_tokens": FOREVER, "block_size": self.block_size, "draft_passes": 1}
         asked |= {"steps_per_block": self.block_size, "confidence_threshold": NEVER}
-        prompts = self.read.tokens[: self.rows, : self.context]
+        prompts = read.tokens[: self.rows, : self.context]
         requests = [Request(i, p, **asked).checked(self.config.vocab_size, True) for i, p in enumerate(prompts)]
-        state = self.read.batch(self.rows)
-        empty = jax.eval_shape(lambda: empty_slots(self.config, self.rows, 1, self.block_size, self.dtype))
-        empty = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), empty)
+        state = read.batch(self.rows)
+        empty = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self.empty().replace(state=None))
         state = state.replace(length=self.all_of(self.context if length is None else length))
         return empty.replace(rows=as_rows(requests, range(self.rows)), state=state)
 
-    @property
-    def block(self) -> np.ndarray:
+    def block(self, read: ReadRows) -> np.ndarray:
         """(rows, S) int32: what comes after the context."""
-        return self.read.tokens[: self.rows, self.context :]
+        return read.tokens[: self.rows, self.context :]
 
     def all_of(self, size: int) -> np.ndarray:
         return np.full(self.rows, size, np.int32)
@@ -183,8 +213,8 @@ def refined(config: Config, params: dict, kept: tuple, logits: jax.Array, *, mas
 
 
 def context_pieces(s: Setting, tower: dict) -> Iterator[Piece]:
-    """AR's step and its parts, the commit, the verification and the prefill, given the context tower's parameters, as
-    `two_tower` has them.
+    """AR's step and its parts, the commit, the verification and the prefill, given the context tower's parameters, or
+    their shapes, as `two_tower` has them.
     """
     c, size, weights = s.config, s.block_size, tower["tower"]
     one, every = np.float32(1), s.all_of(size)
@@ -196,50 +226,75 @@ def context_pieces(s: Setting, tower: dict) -> Iterator[Piece]:
         made = Pass(s.rows, length, context, experts, len(np.unique(tokens)), hidden=hidden)
         return limits.of_pass(c, weights, made), _mean(experts)
 
-    last = s.read.tokens[: s.rows, s.context - 1]
-    step, experts = work(1, s.context, s.read.token_choices, last, hidden=True)
-    step += limits.of_head(c, tower["head"], s.rows)
-    yield Piece("AR step", "context", write, s.slots("ar"), (one,), {"tokens": size}, step, size, experts)
-    block = s.read.block_choices[:, -1:]
-    done, experts = work(size, s.context, block, s.block, hidden=False)
-    yield Piece("commit", "context", commit, s.slots("diffusion"), (s.block, every), {}, done, experts=experts)
-    done, experts = work(size, s.context, block, s.block, hidden=True)
-    done += limits.of_head(c, tower["head"], s.rows * size)
-    yield Piece("verify", "context", verify, s.slots("verified"), (s.block, every), {}, done, experts=experts)
+    def step(read: ReadRows) -> Given:
+        last = read.tokens[: s.rows, s.context - 1]
+        done, experts = work(1, s.context, read.token_choices, last, hidden=True)
+        return Given(s.slots(read, "ar"), (one,), done + limits.of_head(c, tower["head"], s.rows), experts)
+
+    def committed(read: ReadRows) -> Given:
+        done, experts = work(size, s.context, read.block_choices[:, -1:], s.block(read), hidden=False)
+        return Given(s.slots(read, "diffusion"), (s.block(read), every), done, experts)
+
+    def verified(read: ReadRows) -> Given:
+        done, experts = work(size, s.context, read.block_choices[:, -1:], s.block(read), hidden=True)
+        done += limits.of_head(c, tower["head"], s.rows * size)
+        return Given(s.slots(read, "verified"), (s.block(read), every), done, experts)
+
     width = min(piece_of(s.rows, s.context), s.context)
-    pieces = s.read.block_choices[:, : s.context // size][:, -(width // size) :]
-    start, tokens = s.context - width, s.read.tokens[: s.rows, s.context - width : s.context]
-    done, experts = work(width, start, pieces.any(1, keepdims=True), tokens, hidden=False)
-    arrays = (tokens, s.all_of(width))
-    name = f"prefill, {width} tokens"
-    yield Piece(name, "context", prefill, s.slots("diffusion", start), arrays, {}, done, experts=experts)
-    for length in (1, size):
-        logits = limits.of_logits(c, s.rows * length)
+
+    def prefilled(read: ReadRows) -> Given:
+        pieces = read.block_choices[:, : s.context // size][:, -(width // size) :]
+        start, tokens = s.context - width, read.tokens[: s.rows, s.context - width : s.context]
+        done, experts = work(width, start, pieces.any(1, keepdims=True), tokens, hidden=False)
+        return Given(s.slots(read, "diffusion", start), (tokens, s.all_of(width)), done, experts)
+
+    def headed(length: int) -> Given:
         hidden = np.random.default_rng(0).standard_normal((s.rows, length, c.hidden_size), np.float32).astype(s.dtype)
-        work_of_head = limits.of_head(c, tower["head"], s.rows * length) + Work(hidden.nbytes + logits.bytes)
-        yield Piece(f"head, {_positions(length)}", "context", head, (), (hidden,), {}, work_of_head)
-    yield Piece("sampler", None, sample, (), (_logits(s, 1),), {}, limits.of_logits(c, s.rows))
+        moved = Work(hidden.nbytes + limits.of_logits(c, s.rows * length).bytes)
+        return Given((), (hidden,), limits.of_head(c, tower["head"], s.rows * length) + moved)
+
+    slots, block = s.empty(), _shape((s.rows, size), np.int32)
+    part, count = _shape((s.rows, width), np.int32), _shape((s.rows,), np.int32)
+    yield Piece("AR step", s.rows, "context", write, (slots, one), step, {"tokens": size}, size)
+    yield Piece("commit", s.rows, "context", commit, (slots, block, count), committed)
+    yield Piece("verify", s.rows, "context", verify, (slots, block, count), verified)
+    yield Piece(f"prefill, {width} tokens", s.rows, "context", prefill, (slots, part, count), prefilled)
+    for length in (1, size):
+        shapes = (), _shape((s.rows, length, c.hidden_size), s.dtype)
+        given = functools.partial(lambda length, read: headed(length), length)
+        yield Piece(f"head, {_positions(length)}", s.rows, "context", head, shapes, given)
+    yield _of_logits("sampler", s, 1, sample)
 
 
-def denoiser_pieces(s: Setting, tower: dict, choices: Choices) -> Iterator[Piece]:
-    """The denoiser's pass, and what its logits make of a block.
-
-    Args:
-      s: the rows.
-      tower: the denoiser's parameters.
-      choices: see `rows.denoised`.
-    """
+def denoiser_pieces(s: Setting, tower: dict) -> Iterator[Piece]:
+    """The denoiser's pass, and what its logits make of a block, given its parameters or their shapes."""
     c, size = s.config, s.block_size
-    experts = together(choices, s.rows)
-    vocabulary = 1  # of the tokens at least the mask's
-    made = Pass(s.rows, size, s.context, experts, vocabulary, causal=False, writes=False)
-    done = limits.of_pass(c, tower["tower"], made) + limits.of_time_conditioning(c, tower["time"], s.rows)
-    done += limits.of_head(c, tower["head"], s.rows * (size + 1) / 2)  # on the mean as many are masked
-    arrays = (np.float32(1), np.int32(s.mask_id))
-    slots = s.slots("diffusion")
-    yield Piece("denoiser pass", "denoiser", denoise, slots, arrays, {}, done, size, _mean(experts))
-    logits, sizes = limits.of_logits(c, s.rows * size), {"mask_id": s.mask_id}
-    yield Piece("refine", None, refined, (), (_logits(s, size),), sizes, logits)
+    numbers = np.float32(1), np.int32(s.mask_id)
+
+    def passed(read: ReadRows) -> Given:
+        experts = together(read.pass_choices, s.rows)
+        vocabulary = 1  # of the tokens at least the mask's
+        made = Pass(s.rows, size, s.context, experts, vocabulary, causal=False, writes=False)
+        done = limits.of_pass(c, tower["tower"], made) + limits.of_time_conditioning(c, tower["time"], s.rows)
+        done += limits.of_head(c, tower["head"], s.rows * (size + 1) / 2)  # on the mean as many are masked
+        return Given(s.slots(read, "diffusion"), numbers, done, _mean(experts))
+
+    yield Piece("denoiser pass", s.rows, "denoiser", denoise, (s.empty(), *numbers), passed, count=size)
+    yield _of_logits("refine", s, size, refined, mask_id=s.mask_id)
+
+
+def _of_logits(name: str, s: Setting, length: int, function: Callable, **sizes: Any) -> Piece:
+    shape = s.rows, length, s.config.vocab_size
+
+    def given(read: ReadRows) -> Given:
+        logits = np.random.default_rng(0).standard_normal(shape, np.float32)
+        return Given((), (logits,), limits.of_logits(s.config, s.rows * length))
+
+    return Piece(name, s.rows, None, function, ((), _shape(shape, np.float32)), given, sizes)
+
+
+def _shape(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def _mean(experts: np.ndarray) -> float | None:
@@ -250,33 +305,40 @@ def _positions(length: int) -> str:
     return f"{length} position{'s' * (length > 1)}"
 
 
-def _logits(s: Setting, length: int) -> np.ndarray:
-    return np.random.default_rng(0).standard_normal((s.rows, length, s.config.vocab_size), np.float32)
-
-
-def timed(piece: Piece, group: Group, params: dict) -> Timed:
-    """Compiles a piece and times it.
+def begin(piece: Piece, programs: Programs, group: Group, params: dict) -> None:
+    """Has a piece begin to compile.
 
     Args:
       piece: what.
+      programs: that are compiled.
       group: where.
+      params: the shapes of its tower's.
+    """
+    shapes = Shapes.like(group).put((piece.own(params), *piece.shapes), WHOLE)
+    programs.ahead(group, piece.program, *shapes, **piece.sizes)
+
+
+def timed(piece: Piece, given: Given, programs: Programs, group: Group, params: dict) -> Timed:
+    """Times a piece, which is compiled first unless that was begun before.
+
+    Args:
+      piece, programs, group: see `begin`.
+      given: what it is timed on.
       params: with its tower's.
     """
-    own = {piece.tower: params[piece.tower]} if piece.tower else {}
-    kept, *arrays = group.put((piece.kept, *piece.arrays), WHOLE)
-    program = Program(piece.function, (WHOLE,) * (2 + len(arrays)), (WHOLE, WHOLE), donated=(1,))
-    start = time.perf_counter()
-    compiled = program.on(group, **piece.sizes).lower(own, kept, *arrays).compile()
-    compile_seconds = time.perf_counter() - start
+    own = piece.own(params)
+    kept, *arrays = group.put((given.kept, *given.arrays), WHOLE)
+    compiled = programs.take(group, piece.program, own, kept, *arrays, **piece.sizes)
+    programs.finish()
 
     def once() -> Any:
         nonlocal kept
-        kept, rest = compiled(own, kept, *arrays)
+        kept, rest = compiled.call(own, kept, *arrays)
         return kept, rest
 
     took = seconds(once)
-    analysis = compiled.memory_analysis()
+    analysis = compiled.call.memory_analysis()
     for leaf in jax.tree.leaves((kept, arrays)):
         leaf.delete()
     each = Seconds(took.median / piece.count, took.least / piece.count)
-    return Timed(each, compile_seconds, None if analysis is None else analysis.temp_size_in_bytes)
+    return Timed(each, compiled.seconds, None if analysis is None else analysis.temp_size_in_bytes)

@@ -5,7 +5,7 @@ what each chooses.
 """
 
 import dataclasses
-import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,7 +19,8 @@ from twotower_jax.decoding.diffusion import Diffusion, denoise_step
 from twotower_jax.decoding.sampling import Sampler
 from twotower_jax.decoding.unmasking import Unmasking
 from twotower_jax.placement import Group
-from twotower_jax.programs import Program
+from twotower_jax.programs import Program, Programs
+from twotower_jax.shapes import Shapes
 from twotower_jax.sharding import WHOLE
 from twotower_jax.state import Span, TowerState, empty_state
 from twotower_jax.tower import Tower
@@ -32,17 +33,19 @@ class ReadRows:
     """Rows that have read `context` tokens each.
 
     Attributes:
-      tokens: (rows, context + S) int32, the prompts and what may come next.
+      tokens: (rows, context + S) int32, the prompts and what may come next; see `tokens_of`.
       states: of one row each, on the host.
       block_choices: (rows, pieces of S tokens, layers of experts, E) bool, the context tower's, the last of them for
         what comes after the context.
       token_choices: (rows, steps, layers of experts, E) bool, its own in AR.
+      pass_choices: likewise the denoiser's, in each pass over a block; see `denoised`.
     """
 
     tokens: np.ndarray
     states: list[TowerState]
     block_choices: Choices
     token_choices: Choices
+    pass_choices: Choices | None = None
 
     def batch(self, rows: int) -> TowerState:
         """The state of the first rows, on the host."""
@@ -59,64 +62,93 @@ def together(choices: Choices, rows: int) -> np.ndarray:
     return choices[:rows].any(0).sum(-1).mean(0)
 
 
-def read(
-    config: Config, group: Group, params: dict, rows: int, context: int, capacity: int, block_size: int
-) -> ReadRows:
-    """The context tower reads the rows, `block_size` tokens at a time, and then writes as many by itself.
+def tokens_of(config: Config, rows: int, length: int) -> np.ndarray:
+    """(rows, length) int32 at random, the same for every run."""
+    return np.random.default_rng(0).integers(0, config.vocab_size, (rows, length), np.int32)
 
-    Args:
-      config: dimensions.
-      group: the device.
-      params: with the context tower's.
-      rows: how many.
-      context: tokens of each, a multiple of `block_size`.
-      capacity: positions of each state.
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """The programs of one row.
+
+    Attributes:
+      programs: that are compiled.
+      config, group: dimensions and the device.
+      capacity: positions of a state.
       block_size: S.
+      mask_id: the token that stands for a masked position.
     """
-    dtype = two_tower.dtype_of(params)
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (rows, context + block_size), np.int32)
-    params = {"context": params["context"]}
-    start = group.put(jax.tree.map(np.asarray, empty_state(config, 1, capacity, dtype)), WHOLE)
-    some = _compiled(group, _extend, params, start, tokens[:1, :block_size])
-    one = _compiled(group, _extend, params, start, tokens[:1, :1])
-    states, blocks, steps = [], [], []
-    for row in tokens:
-        state, chosen = start, []
-        for at in range(0, context + block_size, block_size):
-            if at == context:
-                before = state
-            _, state, loads = some(params, state, row[None, at : at + block_size])
-            chosen.append(loads)
-        states.append(jax.tree.map(np.asarray, before))
-        blocks.append(_choices(chosen))
-        last, state, chosen = row[None, context - 1 : context], before, []
-        for _ in range(block_size):
-            last, state, loads = one(params, state, last)
-            chosen.append(loads)
-        steps.append(_choices(chosen))
-    return ReadRows(tokens, states, np.stack(blocks), np.stack(steps))
 
+    programs: Programs
+    config: Config
+    group: Group
+    capacity: int
+    block_size: int
+    mask_id: int
 
-def denoised(config: Config, group: Group, params: dict, rows: ReadRows, block_size: int, mask_id: int) -> Choices:
-    """What the denoiser's experts are in each pass over a block of which every pass commits one token.
+    def begin(self, params: dict) -> None:
+        """Has all of them begin to compile, given the shapes of the towers' parameters."""
+        state = jax.eval_shape(lambda: empty_state(self.config, 1, self.capacity, two_tower.dtype_of(params)))
+        for length in (self.block_size, 1):
+            tokens = jax.ShapeDtypeStruct((1, length), np.int32)
+            self._program(self.programs.ahead, _extend, {"context": params["context"]}, state, tokens)
+        if "denoiser" in params:
+            self._pass(self.programs.ahead, {"denoiser": params["denoiser"]}, state)
 
-    Returns:
-      (rows, passes, layers of experts, E) bool.
-    """
-    params = {"denoiser": params["denoiser"]}
-    found = []
-    passes = functools.partial(_denoise, mask_id=mask_id)
-    block = masked_block(np.ones(1, bool), np.full(1, block_size, np.int32), block_size, mask_id)
-    step = None
-    for row in rows.states:
-        now, chosen = group.put(jax.tree.map(np.asarray, block), WHOLE), []
-        state = group.put(row, WHOLE)
-        step = step or _compiled(group, passes, params, state, now)
-        for _ in range(block_size):
-            now, loads = step(params, state, now)
-            chosen.append(loads)
-        found.append(_choices(chosen))
-    return np.stack(found)
+    def read(self, params: dict, rows: int, context: int) -> ReadRows:
+        """The context tower reads rows, `block_size` tokens at a time, and then writes as many by itself.
+
+        Args:
+          params: with the context tower's.
+          rows: how many.
+          context: tokens of each, a multiple of `block_size`.
+        """
+        size, group, dtype = self.block_size, self.group, two_tower.dtype_of(params)
+        tokens = tokens_of(self.config, rows, context + size)
+        params = {"context": params["context"]}
+        start = group.put(jax.tree.map(np.asarray, empty_state(self.config, 1, self.capacity, dtype)), WHOLE)
+        some, one = (self._program(self.programs.take, _extend, params, start, tokens[:1, :n]).call for n in (size, 1))
+        states, blocks, steps = [], [], []
+        for row in tokens:
+            state, chosen = start, []
+            for at in range(0, context + size, size):
+                if at == context:
+                    before = state
+                _, state, loads = some(params, state, row[None, at : at + size])
+                chosen.append(loads)
+            states.append(jax.tree.map(np.asarray, before))
+            blocks.append(_choices(chosen))
+            last, state, chosen = row[None, context - 1 : context], before, []
+            for _ in range(size):
+                last, state, loads = one(params, state, last)
+                chosen.append(loads)
+            steps.append(_choices(chosen))
+        return ReadRows(tokens, states, np.stack(blocks), np.stack(steps))
+
+    def denoised(self, params: dict, rows: ReadRows) -> ReadRows:
+        """With what the denoiser's experts are in passes over a block of which every pass commits one token."""
+        params, found = {"denoiser": params["denoiser"]}, []
+        for row in rows.states:
+            now, chosen = self.group.put(jax.tree.map(np.asarray, self._block), WHOLE), []
+            state = self.group.put(row, WHOLE)
+            step = self._pass(self.programs.take, params, state).call
+            for _ in range(self.block_size):
+                now, loads = step(params, state, now)
+                chosen.append(loads)
+            found.append(_choices(chosen))
+        return dataclasses.replace(rows, pass_choices=np.stack(found))
+
+    @property
+    def _block(self) -> Any:
+        return masked_block(np.ones(1, bool), np.full(1, self.block_size, np.int32), self.block_size, self.mask_id)
+
+    def _pass(self, compile: Callable, params: dict, state: TowerState) -> Any:
+        return self._program(compile, _denoise, params, state, self._block, mask_id=self.mask_id)
+
+    def _program(self, compile: Callable, function: Callable, *arrays: Any, **sizes: Any) -> Any:
+        """`Programs.ahead` or `.take` of a program."""
+        shapes = Shapes.like(self.group).put(arrays, WHOLE)
+        return compile(self.group, Program(function, tuple(WHOLE for _ in arrays), WHOLE), *shapes, **sizes)
 
 
 def _extend(config: Config, params: dict, state: TowerState, tokens: jax.Array) -> tuple[jax.Array, TowerState, Any]:
@@ -147,7 +179,3 @@ def _loads(config: Config, state: TowerState) -> jax.Array:
 
 def _choices(loads: list[jax.Array]) -> Choices:
     return np.stack(jax.device_get(loads)) > 0
-
-
-def _compiled(group: Group, function: Any, *arrays: Any) -> Any:
-    return Program(function, tuple(WHOLE for _ in arrays), WHOLE).on(group).lower(*arrays).compile()

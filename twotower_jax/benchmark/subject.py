@@ -18,6 +18,8 @@ from twotower_jax.errors import InputError
 from twotower_jax.model import Model, load
 from twotower_jax.parameters import Parameter, flatten, initialize, parameter_bytes, unflatten
 from twotower_jax.placement import Group, Placement, Towers, place
+from twotower_jax.programs import Programs
+from twotower_jax.shapes import Shapes
 from twotower_jax.sharding import WHOLE
 from twotower_jax.tokenizer import load_tokenizer
 
@@ -42,6 +44,7 @@ class Subject:
       description: of the parameters, by tower.
       params: by tower, those that are there.
       prompts: what the model can answer, as token ids; None for random weights.
+      programs: those that are compiled.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Subject:
     description: dict
     params: dict = dataclasses.field(default_factory=dict)
     prompts: list[list[int]] | None = None
+    programs: Programs = dataclasses.field(default_factory=Programs)
 
     @property
     def group(self) -> Group:
@@ -77,9 +81,15 @@ class Subject:
             self.params |= random_parameters({name: self.description[name]}, self.config, self.dtype, self.group)
         return self.params
 
-    def model(self) -> Model:
-        """Of the parameters that are there."""
-        return Model(self.config, self.params, self.towers)
+    @property
+    def shapes(self) -> dict:
+        """Of all parameters, whether they are there or not."""
+        group = Shapes.like(self.group)
+        return {name: group.parameters(one, self.dtype) for name, one in self.description.items()}
+
+    def model(self, params: dict | None = None) -> Model:
+        """Of the parameters that are there, or of these, which may be shapes."""
+        return Model(self.config, params or self.params, self.towers, programs=self.programs)
 
 
 def find(name: str, dtype: Any, prompts: str | None = None, experts: str | None = None) -> Subject:

@@ -35,9 +35,10 @@ def run(args: argparse.Namespace) -> int:
 
     Of each piece: AR step, denoiser pass, commit, verification, prefill, head and sampler, the time, the bytes and
     operations that it needs at least, and the share of the limit that these set at the device's measured rates. Then
-    tokens per second of AR, diffusion and verified decoding.
+    tokens per second of AR, diffusion and verified decoding. Every line, and FILE, is written as soon as it is known: a
+    run that is stopped leaves what it has measured.
     """
-    from twotower_jax import inputs, sources
+    from twotower_jax import inputs, publishing, sources
     from twotower_jax.benchmark import report, subject
     from twotower_jax.programs import keep_between_runs
 
@@ -57,8 +58,13 @@ def run(args: argparse.Namespace) -> int:
         except OSError as error:
             raise InputError(f"--out {out} cannot be written: {error.strerror}") from None
     options = {"context": context, "new_tokens": new_tokens, "passes": passes, "apart": args.one_tower_at_a_time}
-    result = report.measure(found, rows, **options, say=lambda line: print(line, file=sys.stderr, flush=True))
-    print(json.dumps(result) if args.json else report.table(result), flush=True)
-    if out is not None:
-        out.write_text(json.dumps(result, indent=1) + "\n")
+    lines, told = 0, sys.stderr if args.json else sys.stdout
+    for result in report.measure(found, rows, **options, say=lambda line: print(line, file=sys.stderr, flush=True)):
+        if out is not None:
+            publishing.replace_text(out, json.dumps(result, indent=1) + "\n")
+        table = report.table(result)
+        print(*table[lines:], sep="\n", file=told, flush=True)
+        lines = len(table)
+    if args.json:
+        print(json.dumps(result), flush=True)
     return 0

@@ -170,6 +170,13 @@ class Piece:
     ready: jax.Array
 
 
+def no_piece(rows: int, width: int) -> Piece:
+    """Nothing, on the host."""
+    none = np.zeros(rows, bool)
+    tokens, count = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
+    return Piece(as_rows([None] * rows, [EMPTY] * rows), none, none, tokens, count, none)
+
+
 @struct.dataclass
 class Slots:
     """B rows that are being written.

@@ -14,7 +14,7 @@ from twotower_jax.decoding import BLOCK_MODES, MODES
 from twotower_jax.decoding.block import Block
 from twotower_jax.engine.devices import Apart, Devices, Together
 from twotower_jax.engine.request import Event, Request, cut
-from twotower_jax.engine.rows import EMPTY, Kinds, News, Piece, as_rows
+from twotower_jax.engine.rows import EMPTY, Kinds, News, Piece, as_rows, no_piece
 from twotower_jax.engine.sizes import lanes_of, piece_of
 from twotower_jax.errors import InputError
 from twotower_jax.placement import Towers
@@ -166,6 +166,16 @@ class Engine:
             devices.feed(Piece(as_rows([None] * n, [EMPTY] * n), fresh, no, tokens, count, no))
         devices.remember(positions)
 
+    def rehearse(self, requests: Sequence[Request]) -> None:
+        """Starts every program that checked requests will need, with no rows; see `shapes.Ahead`."""
+        requests = [request for request in requests if request.max_new_tokens]
+        if not requests:
+            return
+        width = piece_of(self._lane_bench, max(request.read_first - self._known(request) for request in requests))
+        asked = {request.mode for request in requests}
+        modes = [mode for mode in MODES if mode in asked]
+        rehearse(self._lanes[0].devices, self._lane_bench, width, modes, self._kinds)
+
     def run(self, requests: Iterable[Request]) -> Iterator[Event]:
         """Takes checked requests as there is room for them, and gives events as rows write.
 
@@ -224,13 +234,15 @@ class Engine:
                     yield Event(request.key, [], [], "length", None, 0, 0)
                     continue
                 ticket, self._next = self._next, (self._next + 1) % (2**31 - 1)
-                known = len(self._prefix)
-                if known > request.read_first or not np.array_equal(request.prompt[:known], self._prefix):
-                    known = 0
-                self._rows[ticket] = Row(request, lane, known)
+                self._rows[ticket] = Row(request, lane, self._known(request))
                 self._kinds = self._kinds.including(request)
                 self._tickets[request.key] = ticket
                 lane.places[place] = ticket
+
+    def _known(self, request: Request) -> int:
+        """Tokens of its prompt that are the engine's prefix."""
+        n = len(self._prefix)
+        return n if n <= request.read_first and np.array_equal(request.prompt[:n], self._prefix) else 0
 
     def _feed(self, lane: _Lane) -> None:
         """Reads a piece of the prompts on the bench, unless enough rows wait that one can wait for more prompts."""
@@ -322,6 +334,22 @@ class Engine:
         row = self._rows.pop(ticket)
         del self._tickets[row.request.key]
         return Event(row.request.key, tokens, logprobs, end, error, *row.forwards)
+
+
+def rehearse(devices: Devices, bench: int, width: int, modes: Sequence[str], kinds: Kinds) -> None:
+    """Starts every program once, with no rows, those first that take longest to compile.
+
+    Args:
+      devices: where.
+      bench: its rows.
+      width: of a piece of prompts.
+      modes, kinds: of the rows that are to come.
+    """
+    nobody = np.full(CANCELLED, EMPTY, np.int32)
+    for mode in modes:
+        devices.write(mode, kinds)
+    devices.feed(no_piece(bench, width))
+    devices.seat(nobody)  # by which a denoiser's own devices follow, too
 
 
 class _Peekable:
