@@ -25,7 +25,7 @@ import transformers
 import twotower_jax as tt
 from convert import convert
 from experiments import harness
-from twotower_jax.benchmark import subject
+from twotower_jax import sources
 
 PROMPT, BLOCK = 64, 16
 KINDS = {"M": "linear_attention", "*": "full_attention", "E": "moe", "-": "mlp"}
@@ -34,7 +34,7 @@ GIVEN = ("model_type", "architectures", "hybrid_override_pattern", "num_hidden_l
 
 def peer() -> transformers.NemotronHForCausalLM:
     """`mid`'s context tower as transformers makes it, with random weights."""
-    raw = json.loads((subject.CONFIGS / "mid.json").read_text())
+    raw = json.loads((sources.CONFIGS / "mid.json").read_text())
     kinds = [KINDS[kind] for kind in raw["hybrid_override_pattern"]]
     torch.manual_seed(0)
     config = transformers.NemotronHConfig(

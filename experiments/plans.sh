@@ -4,11 +4,10 @@
 #
 #     sh experiments/plans.sh cuda|tpu
 set -e
-config=tests/data/released/config.json
 out=experiments/results
 plan() {
     file="$out/plan-$(echo "$*" | sed 's/--largest//' | tr -cd 'a-z0-9 ' | xargs | tr ' ' '-').json"
-    twotower plan "$config" --context 8192 --json --devices "$@" > "$file.new"
+    twotower plan released --context 8192 --json --devices "$@" > "$file.new"
     mv "$file.new" "$file"
 }
 case "$1" in

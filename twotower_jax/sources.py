@@ -15,6 +15,7 @@ from twotower_jax.config import BACKBONE_ARCHITECTURE, Config, parse_config, rea
 from twotower_jax.errors import InputError, short
 
 SHIPPED = Path(__file__).parent / "models"
+CONFIGS = Path(__file__).parent / "configs"
 
 # What a model folder holds beside its weights and config.json; goes along when it is converted.
 TOKENIZER_FILES = (
@@ -34,6 +35,17 @@ NAME = r"[\w.-]+/[\w.-]+"  # of a model at Hugging Face
 def shipped() -> list[str]:
     """Names of the models that come with the package."""
     return sorted(folder.name for folder in SHIPPED.iterdir() if (folder / "config.json").is_file())
+
+
+def configurations() -> list[str]:
+    """Names of the configurations without weights that come with the package."""
+    return sorted(file.stem for file in CONFIGS.glob("*.json"))
+
+
+def configuration(name: str | Path) -> Path:
+    """The path of a config.json that is named or given; of anything else the path as it is given."""
+    path = user_path(name)
+    return CONFIGS / f"{name}.json" if str(name) in configurations() and not path.exists() else path
 
 
 def user_path(name: str | Path) -> Path:
@@ -77,8 +89,10 @@ def locate(model: str | Path) -> Path:
 
 
 def config_alone(model: str | Path) -> tuple[Config, bool]:
-    """The dimensions of a model, and whether it is a backbone; nothing but `config.json`, or a path to it, need be."""
-    path = user_path(model)
+    """The dimensions of a model, and whether it is a backbone; nothing but `config.json`, a path to it, or the name of
+    one that comes with the package, need be.
+    """
+    path = configuration(model)
     if path.is_file():
         raw = read_json(path)
     elif not path.exists() and str(model) not in shipped() and re.fullmatch(NAME, str(model)):

@@ -188,10 +188,10 @@ def test_what_matters_comes_first(small):
 
 def test_named():
     """The configurations that ship; the released one is NVIDIA's."""
-    assert subject.named() == ["mid", "released"]
+    assert sources.configurations() == ["mid", "released"]
     there = json.loads((DATA / "released" / "config.json").read_text())
-    assert json.loads((subject.CONFIGS / "released.json").read_text()) == there
-    mid, backbone = sources.config_alone(subject.CONFIGS / "mid.json")
+    assert json.loads((sources.CONFIGS / "released.json").read_text()) == there
+    mid, backbone = sources.config_alone("mid")
     assert not backbone
     assert (mid.pattern, mid.hidden_size, mid.vocab_size) == ("MEMEM*EMEM*E", 512, 8192)
     assert (mid.attention_heads, mid.kv_heads, mid.head_dim) == (8, 2, 64)

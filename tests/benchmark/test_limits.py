@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from twotower_jax import sources, two_tower
-from twotower_jax.benchmark import limits, subject
+from twotower_jax.benchmark import limits
 from twotower_jax.benchmark.limits import Pass, Work
 from twotower_jax.benchmark.machine import Rates
 from twotower_jax.layers import expert_parallel
@@ -33,7 +33,7 @@ def nbytes(tree):
 
 @pytest.fixture(params=["mid", "released"])
 def config(request):
-    return sources.config_alone(subject.CONFIGS / f"{request.param}.json")[0]
+    return sources.config_alone(request.param)[0]
 
 
 def whole(config, **changes):
@@ -91,7 +91,7 @@ def test_state_alone(config):
 def test_operations(monkeypatch, causal):
     """Where every expert is chosen, XLA has hardly more to do than what is counted, and no less."""
     monkeypatch.setattr(expert_parallel, "routed", together)  # XLA counts a loop's turn once
-    config, _ = sources.config_alone(subject.CONFIGS / "mid.json")
+    config, _ = sources.config_alone("mid")
     config = dataclasses.replace(config, experts=4, experts_per_token=4)
     tower, length = shapes(config)["context"]["tower"], 16
     state = jax.eval_shape(lambda: empty_state(config, ROWS, CONTEXT, jnp.float32))

@@ -23,13 +23,7 @@ from twotower_jax.shapes import Shapes
 from twotower_jax.sharding import WHOLE
 from twotower_jax.tokenizer import load_tokenizer
 
-CONFIGS = Path(__file__).parent / "configs"
 SAMPLES = "samples.json"  # of a shipped model: what it can answer
-
-
-def named() -> list[str]:
-    """The configurations that come with the package."""
-    return sorted(file.stem for file in CONFIGS.glob("*.json"))
 
 
 @dataclasses.dataclass
@@ -93,7 +87,7 @@ class Subject:
 
 
 def find(name: str, dtype: Any, prompts: str | None = None, experts: str | None = None) -> Subject:
-    """What a name stands for: of `named`, or a path to a config.json, random weights; else a model as for `load`.
+    """What a name stands for: random weights for a `sources.configuration`, else a model as for `load`.
 
     Args:
       name: see above.
@@ -104,13 +98,11 @@ def find(name: str, dtype: Any, prompts: str | None = None, experts: str | None 
     Raises:
       InputError: there is no such model, or nothing that it could answer.
     """
-    dtype, path = inputs.dtype(dtype), sources.user_path(name)
-    if name in named() and not path.exists():
-        path = CONFIGS / f"{name}.json"
-    if path.is_file():
+    dtype = inputs.dtype(dtype)
+    if sources.configuration(name).is_file():
         if prompts is not None:
             raise InputError(f"--prompts is for models that are loaded; {name} is a configuration, with random weights")
-        config, backbone = sources.config_alone(path)
+        config, backbone = sources.config_alone(name)
         if experts is not None:
             config = with_quantized_experts(config, experts)
         towers = place(Placement((0,), None if backbone else (0,)), config, two_towers=not backbone)

@@ -10,7 +10,7 @@ from twotower_jax.decoding import MODES
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("config", metavar="CONFIG", help="a config.json, or a model as for generate")
+    add("config", metavar="CONFIG", help="released, mid, a config.json, or a model as for generate")
     add("--devices", required=True, metavar="TARGET", help="h100xN, h200xN, or a TPU slice such as v5e:4x4")
     add("--rows", type=int, default=32, help="that are written at a time (32)")
     add("--context", type=int, default=8192, metavar="N", help="tokens of a row, prompt and new ones (8192)")
