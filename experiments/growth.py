@@ -32,11 +32,12 @@ def passes(model: subject.Subject, rows: int, context: int) -> dict[str, float]:
     empty = jax.tree.map(np.asarray, empty_state(c, 1, capacity, model.dtype))
     tokens = np.random.default_rng(0).integers(0, c.vocab_size, (rows, context + BLOCK), np.int32)
     none = np.zeros((rows, context // BLOCK + 1, c.pattern.count("E"), c.experts), bool)
-    read = ReadRows(tokens, [empty] * rows, none, none)
-    setting = Setting(c, model.group, model.dtype, read, rows, context, capacity, BLOCK, MASK)
+    read = ReadRows(tokens, [empty] * rows, none, none, none)
+    setting = Setting(c, model.dtype, rows, context, capacity, BLOCK, MASK)
     step = next(pieces.context_pieces(setting, model.params["context"]))
-    one = next(pieces.denoiser_pieces(setting, model.params["denoiser"], none))
-    return {piece.name: pieces.timed(piece, model.group, model.params).seconds.median for piece in (step, one)}
+    one = next(pieces.denoiser_pieces(setting, model.params["denoiser"]))
+    on = model.programs, model.group, model.params
+    return {piece.name: pieces.timed(piece, piece.given(read), *on).seconds.median for piece in (step, one)}
 
 
 def prompt(model: subject.Subject, tokens: int) -> float:
