@@ -110,8 +110,10 @@ def test_config_that_is_no_object():
 
 def test_folders_that_are_none(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(tt.InputError, match=r"does not exist; give a model folder, .* or a shipped model: demo"):
+    with pytest.raises(tt.InputError, match=r"does not exist; give a model folder, .* comes with the package: demo"):
         tt.load(tmp_path / "nothing")
+    with pytest.raises(tt.InputError, match=r"mid is a configuration without weights"):
+        tt.load("mid")
     with pytest.raises(tt.InputError, match=r"it has no config.json"):
         tt.load(tmp_path)
     (tmp_path / "config.json").write_text("{'not json'}")

@@ -125,8 +125,8 @@ def cache(monkeypatch, tmp_path):
         jax.config.update(name, value)
 
 
-def test_cache(cache, tmp_path, monkeypatch):
-    """In the user's cache folder, unless another is given; CPUs of two kinds do not share."""
+def test_cache(cache, tmp_path, monkeypatch, caplog):
+    """In the user's cache folder, unless another is given; CPUs of two kinds do not share; none is told of."""
     assert cache("gpu", None) == str(tmp_path / "twotower_jax")
     assert cache("tpu", "elsewhere") == "elsewhere"
     one = cache("cpu", None)
@@ -136,7 +136,11 @@ def test_cache(cache, tmp_path, monkeypatch):
     assert cache("cpu", None) != one
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert not caplog.records
     assert cache("cpu", None) is None
+    assert f"cannot be kept in {tmp_path / 'file'}" in caplog.text
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert programs.cache_folder().is_absolute()
 
 
 def test_second_start(tmp_path):

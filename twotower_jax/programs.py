@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import logging
 import os
 import platform
 import time
@@ -16,6 +17,8 @@ import jax
 
 from twotower_jax import distributed, memory
 from twotower_jax.placement import Group
+
+logger = logging.getLogger(__name__)
 
 COMPILERS = 8  # threads at most: one needs gigabytes for a large model
 
@@ -52,15 +55,16 @@ class Program:
 
 def cache_folder() -> Path:
     """Where what is compiled is kept for the user."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "twotower_jax"
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (given if given.is_absolute() else Path.home() / ".cache") / "twotower_jax"
 
 
 def keep_between_runs() -> None:
     """Has JAX keep what it compiles, minutes' work for a large model, in the user's cache folder.
 
     What is compiled for a CPU has a folder for CPUs of its kind: another machine that shares the cache may be unable to
-    run it. Where `JAX_COMPILATION_CACHE_DIR` is set it decides alone; where the folder cannot be made nothing is
-    kept.
+    run it. Where `JAX_COMPILATION_CACHE_DIR` is set it decides alone; where the folder cannot be made a warning is
+    logged and nothing is kept.
     """
     if jax.config.jax_compilation_cache_dir:
         return
@@ -69,7 +73,8 @@ def keep_between_runs() -> None:
         folder /= f"cpu-{zlib.crc32(_this_cpu().encode()):08x}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
+    except OSError as error:
+        logger.warning("what is compiled cannot be kept in %s: %s", folder, error.strerror)
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -65,8 +65,12 @@ def user_path(name: str | Path) -> Path:
     return path
 
 
-def locate(model: str | Path) -> Path:
+def locate(model: str | Path, names: Sequence[str] = ()) -> Path:
     """The folder of a model; one that is named by a Hugging Face id is downloaded (or found in the cache).
+
+    Args:
+      model: a folder, a name or an id.
+      names: what else the caller knows by name.
 
     Raises:
       InputError: there is no such folder or model.
@@ -80,10 +84,12 @@ def locate(model: str | Path) -> Path:
         raise InputError(f"{model} is no model folder: it has no config.json")
     if folder.exists():
         raise InputError(f"{model} is a file; give the folder that holds config.json and the weights")
+    if str(model) in configurations():
+        raise InputError(f"{model} is a configuration without weights, for bench and plan; give a model")
     if not re.fullmatch(NAME, str(model)):
         raise InputError(
             f"{model} does not exist; give a model folder, a Hugging Face id such as nvidia/NAME, "
-            f"or a shipped model: {', '.join(shipped())}"
+            f"or what comes with the package: {', '.join([*shipped(), *names])}"
         )
     return _download(str(model))
 
@@ -98,7 +104,7 @@ def config_alone(model: str | Path) -> tuple[Config, bool]:
     elif not path.exists() and str(model) not in shipped() and re.fullmatch(NAME, str(model)):
         raw = read_json(_download(str(model), ["config.json"]) / "config.json")
     else:
-        raw = read_json(locate(model) / "config.json")
+        raw = read_json(locate(model, configurations()) / "config.json")
     return parse_config(raw), BACKBONE_ARCHITECTURE in (raw.get("architectures") or [])
 
 

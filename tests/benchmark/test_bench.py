@@ -201,6 +201,9 @@ def test_named():
 
 BAD = [
     (["nothing"], "nothing does not exist"),
+    (["nothing"], "demo, mid, released"),
+    (["mid", "--out", "/"], "--out / cannot be written"),
+    (["demo", "--passes", "5"], "--passes are for random weights"),
     (["mid", "--rows", "0"], "--rows must be from 1"),
     (["mid", "--context", "20"], "--context must be a multiple of 16, the block size, not 20"),
     (["mid", "--max-new-tokens", "32"], "--max-new-tokens must be from 48"),

@@ -109,7 +109,7 @@ def find(name: str, dtype: Any, prompts: str | None = None, experts: str | None 
         return Subject(name, config, dtype, towers, two_tower.describe(config, not backbone))
     if experts is not None:
         raise InputError(f"--experts is for random weights; {name} is loaded as it is (twotower convert quantises)")
-    folder = sources.locate(name)
+    folder = sources.locate(name, sources.configurations())
     asked = _prompts(folder, prompts)
     _, backbone = sources.config_alone(folder)
     model = load(folder, dtype=dtype, placement=Placement((0,), None if backbone else (0,)))

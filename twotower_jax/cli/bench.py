@@ -8,6 +8,8 @@ from twotower_jax.cli.options import add_json
 from twotower_jax.config import EXPERT_BITS
 from twotower_jax.errors import InputError
 
+PASSES = [5.4, 16.0]
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
@@ -21,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="that each writes, 48 or more (64)",
     )
-    add("--passes", type=float, nargs="+", default=[5.4, 16.0], metavar="P", help="random: a block's passes (5.4 16)")
+    add("--passes", type=float, nargs="+", metavar="P", help="random: a block's passes (5.4 16)")
     add("--prompts", metavar="FILE", help="what a loaded model is asked, a line each (a shipped one has its own)")
     add("--dtype", default="bfloat16", help="bfloat16 (default) or float32")
     add("--experts", choices=EXPERT_BITS, help="random: quantised, as convert makes them")
@@ -43,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     from twotower_jax.programs import keep_between_runs
 
     rows = list(dict.fromkeys(inputs.whole("--rows", n, 1, 2**16) for n in args.rows))
-    passes = list(dict.fromkeys(inputs.number("--passes", p, 1, report.BLOCK) for p in args.passes))
+    passes = list(dict.fromkeys(inputs.number("--passes", p, 1, report.BLOCK) for p in args.passes or PASSES))
     new_tokens = inputs.whole("--max-new-tokens", args.max_new_tokens, 3 * report.BLOCK, 2**20)
     context = inputs.whole("--context", args.context, report.BLOCK, 2**20)
     for name, number in (("--context", context), ("--max-new-tokens", new_tokens)):
@@ -52,9 +54,14 @@ def run(args: argparse.Namespace) -> int:
     out = None if args.out is None else sources.user_path(args.out)
     keep_between_runs()
     found = subject.find(args.model, args.dtype, args.prompts, args.experts)
-    if out is not None:
+    if args.passes and found.trained:
+        raise InputError(f"--passes are for random weights; {args.model} takes as many as its answers need")
+    if out is not None:  # rather now than after all the work
         try:
-            out.touch()  # rather now than after all the work
+            there = out.exists()
+            out.open("a").close()
+            if not there:
+                out.unlink()
         except OSError as error:
             raise InputError(f"--out {out} cannot be written: {error.strerror}") from None
     options = {"context": context, "new_tokens": new_tokens, "passes": passes, "apart": args.one_tower_at_a_time}
