@@ -150,7 +150,7 @@ def plan(
     sizes = {"slots": slots, "bench": bench, "capacity": wish.context, "block_size": wish.block_size}
     sizes |= {"share": SHARE, "mask_id": 0, "prefix": 0, "what": ""}
     devices = Apart(towers, compiler, params, **sizes) if towers.split else Together(context, compiler, params, **sizes)
-    rehearse(devices, bench, piece_of(bench, wish.context), [wish.mode], Kinds(rules=("threshold",)))
+    rehearse(devices, bench, [piece_of(bench, wish.context)], [wish.mode], Kinds(rules=("threshold",)))
     made = compiler.compiled
     weights, states, needed = {}, {}, {}
     for group in towers.groups:

@@ -74,10 +74,11 @@ def test_random_weights(capsys, hasty, small_config, tmp_path, compiled_late):
 
 
 @pytest.mark.slow
-def test_trained_weights(capsys, hasty):
+def test_trained_weights(capsys, hasty, compiled_late):
     options = ["--rows", 2, "--context", 32, "--max-new-tokens", 48, "--dtype", "float32", "--json"]
     status, out, err = run(capsys, "demo", *options)
     assert status == 0, err
+    assert compiled_late == []
     result = json.loads(out)
     check_pieces(result)
     assert result["weights"] == "trained"

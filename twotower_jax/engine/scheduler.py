@@ -171,10 +171,10 @@ class Engine:
         requests = [request for request in requests if request.max_new_tokens]
         if not requests:
             return
-        width = piece_of(self._lane_bench, max(request.read_first - self._known(request) for request in requests))
+        widths = {piece_of(self._lane_bench, request.read_first - self._known(request)) for request in requests}
         asked = {request.mode for request in requests}
         modes = [mode for mode in MODES if mode in asked]
-        rehearse(self._lanes[0].devices, self._lane_bench, width, modes, self._kinds)
+        rehearse(self._lanes[0].devices, self._lane_bench, sorted(widths), modes, self._kinds)
 
     def run(self, requests: Iterable[Request]) -> Iterator[Event]:
         """Takes checked requests as there is room for them, and gives events as rows write.
@@ -336,19 +336,20 @@ class Engine:
         return Event(row.request.key, tokens, logprobs, end, error, *row.forwards)
 
 
-def rehearse(devices: Devices, bench: int, width: int, modes: Sequence[str], kinds: Kinds) -> None:
+def rehearse(devices: Devices, bench: int, widths: Sequence[int], modes: Sequence[str], kinds: Kinds) -> None:
     """Starts every program once, with no rows, those first that take longest to compile.
 
     Args:
       devices: where.
       bench: its rows.
-      width: of a piece of prompts.
+      widths: of pieces of prompts.
       modes, kinds: of the rows that are to come.
     """
     nobody = np.full(CANCELLED, EMPTY, np.int32)
     for mode in modes:
         devices.write(mode, kinds)
-    devices.feed(no_piece(bench, width))
+    for width in widths:
+        devices.feed(no_piece(bench, width))
     devices.seat(nobody)  # by which a denoiser's own devices follow, too
 
 
